@@ -45,6 +45,8 @@ class Element:
             )
         if not any(math.isfinite(v) for v in self.values):
             raise ValueError(f"{self.name}: no value of the table is finite")
+        if any(_float32(v) != v for v in self.values if math.isfinite(v)):
+            raise ValueError(f"{self.name}: every value has to be a float32; round them first")
         table = struct.pack(f"{len(self.values)}d", *self.values)
         object.__setattr__(self, "digest", hashlib.sha256(table).hexdigest()[:16])
 
@@ -109,10 +111,15 @@ def power_of_two() -> Element:
 
 
 def codebook(name: str, values: Iterable[float]) -> Element:
-    """Any table of 2, 4, ... 256 numbers."""
-    table = tuple(float(v) for v in values)
+    """Any table of 2, 4, ... 256 numbers, rounded to float32."""
+    table = tuple(_float32(float(v)) for v in values)
     bits = max(1, (len(table) - 1).bit_length())
     return Element(name, bits, table)
+
+
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,13 @@ class Format:
         if self.bias and isinstance(self.scale.element, Element):
             raise ValueError("a bias has the scale's dtype, which must then be a float dtype")
 
+    @property
+    def name(self) -> str:
+        """The one spelling that `lowbit.format` reads back as this format."""
+        from lowbit.formats import names
+
+        return names.spell(self)
+
     def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Scale blocks along rows and columns of a matrix of this shape; the last may be short."""
         return (
@@ -184,3 +198,16 @@ def _blocks(length: int, block: int | None) -> int:
     if block is WHOLE:
         return min(length, 1)
     return -(-length // block)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A format under a name; further words after the name change its parts.
+
+    `short` names are read but never printed.
+    """
+
+    name: str
+    format: Format
+    summary: str
+    short: bool = False

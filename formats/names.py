@@ -1,0 +1,216 @@
+"""Names of formats: found by discovery, read from text, printed back.
+
+    name = base [_block] [_asym | _zint8 | _zf32 | _zf16 | _zbf16 | _bias] [_scaletype] [_ts]
+
+`base` is a declared name; each further word replaces one part of the base's format.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache, lru_cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+from lowbit.formats.declare import WHOLE, Element, Format, Named, Scale
+from lowbit.formats.fp8 import E4M3
+from lowbit.formats.mx import E8M0
+
+SCALE_WORDS: dict[str, Element | str] = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "e8m0": E8M0,
+    "e4m3": E4M3,
+}
+ZERO_WORDS = {"zf32": "float32", "zf16": "float16", "zbf16": "bfloat16"}
+
+_user: dict[str, Named] = {}
+
+
+@cache
+def _declared() -> dict[str, Named]:
+    package = __name__.rpartition(".")[0]
+    found: dict[str, Named] = {}
+    for module in sorted(info.name for info in iter_modules(import_module(package).__path__)):
+        for named in getattr(import_module(f"{package}.{module}"), "FORMATS", ()):
+            if named.name in found:
+                raise ValueError(f"format {named.name!r} is declared twice, once in {module}.py")
+            found[named.name] = named
+    return found
+
+
+def declared() -> dict[str, Named]:
+    """Every declared name, user codebooks last."""
+    return {**_declared(), **_user}
+
+
+def register(named: Named) -> None:
+    """Add a user's codebook; the same name with another table is an error."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", named.name):
+        raise ValueError(
+            f"name {named.name!r}: use lower-case words and digits joined by underscores"
+        )
+    known = declared().get(named.name)
+    if known is not None and known.format.element != named.format.element:
+        raise ValueError(f"name {named.name!r} already stands for another table; choose another")
+    _user[named.name] = named
+    _parse.cache_clear()
+    spell.cache_clear()
+
+
+def get(name: str) -> Format:
+    """The format that a name stands for: `get("int4_g128")`.
+
+    Raises
+    ------
+    ValueError
+        The base is unknown, or a word after it is.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"format: want a name or a Format, got {type(name).__name__}")
+    return _parse(name)
+
+
+@lru_cache(maxsize=4096)
+def _parse(name: str) -> Format:
+    known = declared()
+    bases = [base for base in known if name == base or name.startswith(base + "_")]
+    if not bases:
+        raise ValueError(
+            f"no format {name!r}; a name starts with one of: {', '.join(sorted(known))}"
+        )
+    base = max(bases, key=len)
+    fmt = known[base].format
+    seen: set[str] = set()
+    for word in filter(None, name[len(base) :].split("_")):
+        kind, fmt = _apply(fmt, word, name)
+        if kind in seen:
+            raise ValueError(f"format {name!r} names its {kind} twice")
+        seen.add(kind)
+    return fmt
+
+
+def _apply(fmt: Format, word: str, name: str) -> tuple[str, Format]:
+    if word in SCALE_WORDS:
+        return "scale type", replace(fmt, scale=replace(fmt.scale, element=SCALE_WORDS[word]))
+    if word == "asym":
+        return "zero point", replace(fmt, zero=fmt.element)
+    if word in ZERO_WORDS:
+        return "zero point", replace(fmt, zero=ZERO_WORDS[word])
+    if word[0] == "z" and word[1:] in declared():
+        return "zero point", replace(fmt, zero=declared()[word[1:]].format.element)
+    if word == "bias":
+        return "bias", replace(fmt, bias=True)
+    if word == "ts":
+        return "tensor scale", replace(fmt, tensor_scale=True)
+    block = _read_block(word)
+    if block is None:
+        raise ValueError(
+            f"format {name!r}: {word!r} is neither a block (tensor, row, g128, 128x128) nor "
+            f"asym, zf32, zf16, zbf16, bias, ts, nor a scale type ({', '.join(SCALE_WORDS)})"
+        )
+    return "block", replace(fmt, scale=replace(fmt.scale, block=block))
+
+
+def _read_block(word: str) -> tuple[int | None, int | None] | None:
+    if word == "tensor":
+        return WHOLE, WHOLE
+    if word == "row":
+        return 1, WHOLE
+    if match := re.fullmatch(r"g([1-9]\d*)", word):
+        return 1, int(match[1])
+    if match := re.fullmatch(r"([1-9]\d*|all)x([1-9]\d*|all)", word):
+        rows, columns = (WHOLE if side == "all" else int(side) for side in match.groups())
+        return rows, columns
+    return None
+
+
+def block_word(block: tuple[int | None, int | None]) -> str:
+    """`tensor`, `row`, `g128` or `128x128`."""
+    rows, columns = block
+    if rows is WHOLE and columns is WHOLE:
+        return "tensor"
+    if rows == 1:
+        return "row" if columns is WHOLE else f"g{columns}"
+    return "x".join("all" if side is WHOLE else str(side) for side in block)
+
+
+@lru_cache(maxsize=4096)
+def spell(fmt: Format) -> str:
+    """The name that `get` reads back as `fmt`."""
+    for named in declared().values():
+        if not named.short and named.name != named.format.element.name and named.format == fmt:
+            return named.name
+    words = [fmt.element.name, block_word(fmt.scale.block)]
+    if isinstance(fmt.zero, Element):
+        words.append("asym" if fmt.zero == fmt.element else f"z{fmt.zero.name}")
+    elif fmt.zero is not None:
+        words.append(next(w for w, dtype in ZERO_WORDS.items() if dtype == fmt.zero))
+    if fmt.bias:
+        words.append("bias")
+    if fmt.scale.element != "float32":
+        words.append(next(w for w, e in SCALE_WORDS.items() if e == fmt.scale.element))
+    if fmt.tensor_scale:
+        words.append("ts")
+    return "_".join(words)
+
+
+def make(
+    base: str,
+    *,
+    group: int | None = None,
+    block: str | tuple[int | None, int | None] | None = None,
+    asym: bool = False,
+    zero: str | None = None,
+    bias: bool = False,
+    scale: str | None = None,
+) -> Format:
+    """The format that a constructor builds: `make("int4", group=128)` is `get("int4_g128")`.
+
+    Parameters
+    ----------
+    base : str
+        A declared name.
+    group : int, optional
+        Columns that share a scale.
+    block : {"tensor", "row"} or (rows, columns), optional
+        The same for any block; None in a pair spans the axis.
+    asym : bool
+        An integer zero point for each block.
+    zero : str, optional
+        A zero point of this float dtype instead.
+    bias : bool
+        An addend for each block instead.
+    scale : str, optional
+        dtype of the scales: float32, float16, bfloat16, e8m0 or e4m3.
+    """
+    if group is not None and block is not None:
+        raise ValueError(f"group={group} and block={block!r} both say what shares a scale")
+    if group is not None and (isinstance(group, bool) or int(group) != group or group < 1):
+        raise ValueError(f"group: want a whole number of at least 1, got {group!r}")
+    words = [base]
+    if group is not None:
+        words.append(f"g{int(group)}")
+    elif block is not None:
+        words.append(block if isinstance(block, str) else block_word(block))
+    if asym:
+        words.append("asym")
+    if zero is not None:
+        words.append(_word_of(ZERO_WORDS, zero, "zero"))
+    if bias:
+        words.append("bias")
+    if scale is not None:
+        words.append(_word_of(SCALE_WORDS, scale, "scale"))
+    return get("_".join(words))
+
+
+def _word_of(words: dict[str, Element | str] | dict[str, str], value: str, argument: str) -> str:
+    for word, meaning in words.items():
+        if value in (word, meaning):
+            return word
+    legal = [m if isinstance(m, str) else w for w, m in words.items()]
+    raise ValueError(f"{argument}: want one of {', '.join(legal)}, got {value!r}")
+
+
