@@ -1,4 +1,63 @@
-"""Every kernel, and the choice between them."""
+"""Every kernel, and the choice between them. Drop a module with KERNELS below this folder."""
 
 if __name__ != "lowbit.kernels":
     raise ImportError("this folder is lowbit.kernels; run Python with -P, or from another folder")
+
+from functools import cache, lru_cache
+from importlib import import_module
+from pkgutil import walk_packages
+
+from lowbit.kernels.declare import Epilogue, Kernel, Problem, Roundings, Run, Verdict
+
+__all__ = ["Epilogue", "Kernel", "Problem", "Roundings", "Run", "Verdict", "choose", "judge", "prepared"]
+
+
+@cache
+def registered() -> tuple[Kernel, ...]:
+    """Return the kernels of every module below this folder."""
+    modules = sorted(info.name for info in walk_packages(__path__, f"{__name__}."))
+    return tuple(k for m in modules for k in getattr(import_module(m), "KERNELS", ()))
+
+
+def judge(problem: Problem) -> list[Verdict]:
+    """One verdict for every kernel: the usable first, the cheapest first."""
+    verdicts = []
+    for kernel in registered():
+        backend = problem.device.partition(":")[0]
+        if kernel.device not in (backend, "any"):
+            refusal: str | None = f"runs on {kernel.device}, the operands are on {backend}"
+        elif problem.layout not in kernel.layouts:
+            refusal = f"reads {' or '.join(kernel.layouts)}, w is held as {problem.layout}"
+        else:
+            refusal = kernel.accepts(problem)
+        verdicts.append(Verdict(kernel, refusal, None if refusal else kernel.cost(problem)))
+    return sorted(verdicts, key=lambda v: (v.seconds is None, v.seconds or 0.0, v.kernel.name))
+
+
+def choose(problem: Problem, name: str | None = None) -> Verdict:
+    """The cheapest kernel that accepts, or the named one.
+
+    Raises
+    ------
+    ValueError
+        No kernel has that name, or the named one refuses; the message says why.
+    """
+    verdicts = judge(problem)
+    if name is None:
+        if verdicts[0].refusal is not None:
+            reasons = "; ".join(f"{v.kernel.name}: {v.refusal}" for v in verdicts)
+            raise ValueError(f"no kernel computes this product: {reasons}")
+        return verdicts[0]
+    for verdict in verdicts:
+        if verdict.kernel.name == name:
+            if verdict.refusal is not None:
+                raise ValueError(f"kernel={name!r} refuses: {verdict.refusal}")
+            return verdict
+    known = ", ".join(sorted(v.kernel.name for v in verdicts))
+    raise ValueError(f"kernel={name!r} is not known; there are {known}")
+
+
+@lru_cache(maxsize=4096)
+def prepared(problem: Problem, name: str | None = None) -> Run:
+    """The chosen kernel, built: what a repeated call runs at once."""
+    return choose(problem, name).kernel.build(problem)

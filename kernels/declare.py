@@ -1,0 +1,138 @@
+"""What a kernel promises. Declaring one costs nothing; `build` compiles, and only when chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit.formats import Format
+
+Array = npt.NDArray[Any]
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+OUTPUTS = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything dispatch may look at: out = activation(alpha * (x @ w.T) + bias) + residual.
+
+    Hashable, so a choice can be cached and replayed on a machine that one does not own.
+    """
+
+    m: int
+    n: int
+    k: int
+    x: Format | str
+    """Format of the left operand, or the dtype of a dense one."""
+    w: Format
+    out: str = "float32"
+    bias: bool = False
+    activation: str | None = None
+    residual: bool = False
+    x_along: bool = True
+    """The blocks of x's scales lie along the contraction axis (always so for dense x)."""
+    w_along: bool = True
+    layout: str = "rows"
+    """Arrangement that w is held in."""
+    batch_invariant: bool = False
+    """A row's bits must not depend on m."""
+    device: str = "cpu:generic"
+    """Backend, then its instruction set."""
+    threads: int = 1
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that have to move at least once: both operands and the result."""
+        moved = format_bytes(self.w, self.n, self.k) + self.m * self.n * itemsize(self.out)
+        if isinstance(self.x, str):
+            return moved + self.m * self.k * itemsize(self.x)
+        return moved + format_bytes(self.x, self.m, self.k)
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """The operands of what follows the product; None where a step is absent."""
+
+    alpha: float = 1.0
+    bias: Array | None = None
+    """float32 (N,)."""
+    activation: str | None = None
+    residual: Array | None = None
+    """(M, N) of the result's dtype or float32."""
+
+
+Run = Callable[[Any, Any, Epilogue, Array], None]
+"""run(x, w, epilogue, out): x an ndarray (M, K) or its parts, w parts, out (M, N)."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a product."""
+
+    name: str
+    device: str
+    """Backend: "cpu" or "cuda"."""
+    accepts: Callable[[Problem], str | None]
+    """None is yes; a string is the reason for no."""
+    cost: Callable[[Problem], float]
+    """Seconds, estimated."""
+    build: Callable[[Problem], Run]
+    roundings: Callable[[Problem], Roundings]
+    """The arithmetic that the published error bound is derived from."""
+    layouts: tuple[str, ...] = ("rows",)
+    """Arrangements of w that it reads; the last one is the one it likes best."""
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """Roundings that a term of the sum meets, for the bound |C - exact| <= gamma(count) * S.
+
+    S = sum |x| |w|; gamma(n) = n u / (1 - n u) with u of `accumulator` (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2nd ed., 3.1 to 3.5).
+    """
+
+    accumulator: str
+    """float32 or float64."""
+    count: int
+    """Roundings on the way of one product x[k] * w[k] into the sum, scales included."""
+    note: str = ""
+    """The order of the sum, in words."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one kernel says to a problem."""
+
+    kernel: Kernel
+    refusal: str | None
+    seconds: float | None
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one number."""
+    return {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+
+
+def format_bytes(fmt: Format, rows: int, columns: int) -> int:
+    """Bytes of a quantized matrix: codes, scales, zero points, biases, second-level scale."""
+    blocks = int(np.prod(fmt.grid((rows, columns)), dtype=object))
+    total = rows * fmt.row_bytes(columns) + blocks * _scale_bytes(fmt.scale.element)
+    if fmt.zero is not None:
+        total += blocks * _scale_bytes(fmt.zero)
+    if fmt.bias:
+        total += blocks * _scale_bytes(fmt.scale.element)
+    return total + (4 if fmt.tensor_scale else 0)
+
+
+def _scale_bytes(kind: Any) -> int:
+    return itemsize(kind) if isinstance(kind, str) else 1

@@ -1,0 +1,75 @@
+"""The kernel that always works: what the bytes mean, multiplied in float64. Never fast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lowbit.formats import reference
+from lowbit.formats.reference import Packed
+from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
+
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def activate(name: str | None, v: Array) -> Array:
+    """The activation functions in float64; their definition.
+
+    relu v if v > 0, else +0 (NaN stays); gelu v/2 (1 + erf(v/sqrt 2)); gelu_tanh its tanh form
+    (Hendrycks and Gimpel, 2016); silu v / (1 + exp(-v)).
+    """
+    with np.errstate(all="ignore"):
+        if name is None:
+            return v
+        if name == "relu":
+            return np.where(v <= 0, 0.0, v)
+        if name == "silu":
+            return np.where(np.isneginf(v), -0.0, v / (1 + np.exp(-v)))
+        if name == "gelu":
+            return np.where(np.isneginf(v), -0.0, v / 2 * (1 + _erf(v / math.sqrt(2)).astype(float)))
+        if name == "gelu_tanh":
+            inner = math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)
+            return np.where(np.isneginf(v), -0.0, v / 2 * (1 + np.tanh(inner)))
+    raise ValueError(f"activation: {name!r} is not known")
+
+
+def finish(product: Array, epilogue: Epilogue) -> Array:
+    """activation(alpha * product + bias) + residual, in float64."""
+    v = product * epilogue.alpha
+    if epilogue.bias is not None:
+        v = v + epilogue.bias.astype(np.float64)
+    v = activate(epilogue.activation, v)
+    return v if epilogue.residual is None else v + epilogue.residual.astype(np.float64)
+
+
+def _values(operand: Any, along: bool) -> Array:
+    """float64 (rows, K) of either operand."""
+    if isinstance(operand, Packed):
+        values = reference.dequantize(operand)
+        return values if along else values.swapaxes(-1, -2)
+    return np.asarray(operand, np.float64)
+
+
+def _build(problem: Problem) -> Run:
+    x_along, w_along = problem.x_along, problem.w_along
+
+    def run(x: Any, w: Packed, epilogue: Epilogue, out: Array) -> None:
+        with np.errstate(all="ignore"):
+            product = reference.matmul(_values(x, x_along), _values(w, w_along).T)
+            out[...] = finish(product, epilogue)
+
+    return run
+
+
+KERNELS = (
+    Kernel(
+        "reference",
+        "any",
+        accepts=lambda p: None,
+        cost=lambda p: 20e-6 + 1e-9 * p.m * p.n * p.k + 20e-9 * p.n * p.k,
+        build=_build,
+        roundings=lambda p: Roundings("float64", p.k + 3, "float64 sum of k, one final rounding"),
+    ),
+)

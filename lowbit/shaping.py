@@ -1,0 +1,336 @@
+"""Reshaping and joining: the parts move, no code changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lowbit.array import QArray
+from lowbit.formats import WHOLE
+from lowbit.formats.reference import Array, Packed
+from lowbit.indexing import column_alignment, per_row
+
+
+def _each(parts: Packed, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Packed:
+    """Every part but the tensor scale changed alike."""
+    return replace(
+        parts,
+        shape=shape,
+        codes=change(parts.codes),
+        scales=change(parts.scales),
+        zeros=None if parts.zeros is None else change(parts.zeros),
+        biases=None if parts.biases is None else change(parts.biases),
+    )
+
+
+def copy(w: QArray) -> QArray:
+    """Memory of its own for every part."""
+    parts = _each(w._rows(), w._rows().shape, np.array)
+    if parts.tensor_scale is not None:
+        parts = replace(parts, tensor_scale=parts.tensor_scale.copy())
+    return w._with(parts)
+
+
+def transpose(w: QArray, axes: tuple[Any, ...]) -> QArray:
+    """Leading axes in any order; the last two stay the last two."""
+    if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], (tuple, list))):
+        axes = axes[0] or ()
+    if not axes:
+        return w.T
+    ndim = w.ndim
+    order = [int(a) % ndim if -ndim <= a < ndim else ndim for a in axes]
+    if sorted(order) != list(range(ndim)):
+        raise ValueError(f"transpose: axes {tuple(axes)} do not permute {ndim} axes")
+    if ndim == 1:
+        return w
+    if set(order[-2:]) != {ndim - 2, ndim - 1}:
+        raise ValueError(
+            f"transpose: axes {tuple(axes)} would move the contraction axis among the leading "
+            "ones; only the leading axes, and the last two between themselves, can change places"
+        )
+    lead = order[:-2]
+    swapped = order[-2] == ndim - 1
+    parts = w._rows()
+    if lead != list(range(ndim - 2)):
+        shape = (*(parts.shape[a] for a in lead), *parts.shape[-2:])
+        parts = _each(parts, shape, lambda p: p.transpose(*lead, ndim - 2, ndim - 1))
+        if parts.tensor_scale is not None:
+            parts = replace(parts, tensor_scale=parts.tensor_scale.transpose(*lead))
+        w = w._with(parts)
+    return w._with(transposed=w._transposed != swapped)
+
+
+def reshape(w: QArray, shape: tuple[Any, ...]) -> QArray:
+    """New leading axes and rows over the same contraction axis."""
+    if len(shape) == 1 and not isinstance(shape[0], (int, np.integer)):
+        shape = tuple(shape[0])
+    wanted = _fill(shape, w.size)
+    if w._transposed:
+        if wanted == w.shape:
+            return w
+        raise ValueError("reshape: the array is transposed; reshape .mT and transpose again")
+    parts = w._rows()
+    columns = parts.shape[-1]
+    if not wanted or wanted[-1] != columns:
+        raise ValueError(
+            f"reshape: {w.shape} to {wanted} would break rows of {columns} codes; the last axis "
+            "has to stay, or .dequantize() first"
+        )
+    if wanted == w.shape:
+        return w
+    if wanted == (columns,):
+        wanted, vector = (1, columns), True
+    else:
+        vector = False
+    if wanted[-2:] != parts.shape[-2:]:
+        if parts.tensor_scale is not None and parts.tensor_scale.size > 1:
+            raise ValueError(
+                f"reshape: {parts.format.name} has one tensor scale for each of "
+                f"{parts.tensor_scale.size} matrices; their rows cannot be regrouped"
+            )
+        parts = per_row(parts)
+    lead = wanted[:-2]
+    changed = _each(parts, wanted, lambda p: p.reshape(*wanted[:-1], p.shape[-1])) if (
+        parts.format.scale.block[0] == 1
+    ) else _each(parts, wanted, lambda p: p.reshape(*lead, *p.shape[-2:]))
+    if parts.tensor_scale is not None:
+        scale = parts.tensor_scale
+        again = scale.reshape(lead) if scale.size == math.prod(lead) else np.broadcast_to(
+            scale.reshape(()), lead
+        )
+        changed = replace(changed, tensor_scale=again)
+    return w._with(changed, vector=vector)
+
+
+def _fill(shape: Sequence[Any], size: int) -> tuple[int, ...]:
+    """Replace one -1 by what is left."""
+    numbers = [int(s) for s in shape]
+    holes = [i for i, n in enumerate(numbers) if n == -1]
+    known = math.prod(n for n in numbers if n != -1)
+    if len(holes) > 1 or any(n < -1 for n in numbers):
+        raise ValueError(f"reshape: {tuple(shape)} may have one -1 and no other negative length")
+    if holes:
+        if known == 0 or size % known:
+            raise ValueError(f"reshape: {size} values do not fill {tuple(shape)}")
+        numbers[holes[0]] = size // known
+    if math.prod(numbers) != size:
+        raise ValueError(f"reshape: {size} values do not fill {tuple(shape)}")
+    return tuple(numbers)
+
+
+def _alike(arrays: Sequence[Any], action: str) -> list[QArray]:
+    """Refuse what cannot be joined without changing a value."""
+    if not arrays:
+        raise ValueError(f"{action}: need at least one array")
+    for a in arrays:
+        if not isinstance(a, QArray):
+            raise TypeError(
+                f"{action}: every array has to be a QArray, got {type(a).__name__}; quantize it "
+                "or .dequantize() the others"
+            )
+    first: QArray = arrays[0]
+    for a in arrays[1:]:
+        if a.format.element != first.format.element or a.dtype != first.dtype:
+            raise ValueError(
+                f"{action}: formats and dtypes have to agree, got {first.format.name} of "
+                f"{first.dtype} and {a.format.name} of {a.dtype}"
+            )
+        if a._transposed != first._transposed or a._vector != first._vector:
+            raise ValueError(f"{action}: some arrays are transposed and some are not")
+        for mine, other in ((first._columns, a._columns), (first._divisor, a._divisor)):
+            if (mine is None) != (other is None) or (
+                mine is not None and not np.array_equal(mine, other)
+            ):
+                raise ValueError(f"{action}: column permutations and divisors have to agree")
+    return list(arrays)
+
+
+def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
+    """Join along an existing axis, exactly.
+
+    Parameters
+    ----------
+    arrays : sequence of QArray
+        Of one element, scale type and dtype.
+    axis : int
+        Any leading axis or the rows; along the contraction axis every piece but the last has to
+        end on a block of scales and a byte.
+
+    Returns
+    -------
+    QArray
+        Blocks of several rows become scales of single rows where the pieces do not end on one.
+    """
+    pieces = _alike(arrays, "concatenate")
+    ndim = pieces[0].ndim
+    if any(p.ndim != ndim for p in pieces):
+        raise ValueError("concatenate: arrays have different numbers of axes")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"concatenate: axis {axis} is out of range for {ndim} axes")
+    position = axis % ndim - ndim
+    if pieces[0]._transposed and position >= -2:
+        position = -3 - position
+    parts = [p._rows() for p in pieces]
+    if pieces[0]._vector or position == -1:
+        return pieces[0]._with(_join_columns(parts), divisor=_join_divisors(pieces))
+    if position == -2:
+        return pieces[0]._with(_join_rows(parts))
+    parts = _same_format(parts)
+    at = position + len(parts[0].shape)
+    _same_lengths(parts, at)
+    return pieces[0]._with(_join(parts, at))
+
+
+def _join_divisors(pieces: list[QArray]) -> Array | None:
+    if pieces[0]._columns is not None:
+        raise ValueError("concatenate: column permutations cannot be joined along the columns")
+    found = [p._divisor for p in pieces if p._divisor is not None]
+    return np.concatenate(found) if found else None
+
+
+def _join(parts: list[Packed], at: int) -> Packed:
+    joined = [
+        None if getattr(parts[0], name) is None
+        else np.concatenate([getattr(p, name) for p in parts], at)
+        for name in ("codes", "scales", "zeros", "biases")
+    ]
+    codes, scales, zeros, biases = joined
+    assert codes is not None
+    assert scales is not None
+    shape = list(parts[0].shape)
+    shape[at] = sum(p.shape[at] for p in parts)
+    second = parts[0].tensor_scale
+    if second is not None and at < len(shape) - 2:
+        second = np.concatenate([np.asarray(p.tensor_scale) for p in parts], at)
+    return Packed(parts[0].format, tuple(shape), codes, scales, zeros, biases, second)
+
+
+def _same_lengths(parts: list[Packed], at: int) -> None:
+    shapes = [(*p.shape[:at], *p.shape[at + 1 :]) for p in parts]
+    if any(s != shapes[0] for s in shapes):
+        raise ValueError(
+            f"concatenate: shapes {[p.shape for p in parts]} differ in another axis than the joined"
+        )
+
+
+def _same_format(parts: list[Packed]) -> list[Packed]:
+    """Bring block heights together; everything else has to agree."""
+    if any(p.format != parts[0].format for p in parts):
+        parts = [per_row(p) for p in parts]
+    names = sorted({p.format.name for p in parts})
+    if len(names) > 1:
+        raise ValueError(f"concatenate: formats have to agree, got {' and '.join(names)}")
+    return parts
+
+
+def _join_rows(parts: list[Packed]) -> Packed:
+    at = len(parts[0].shape) - 2
+    _same_lengths(parts, at)
+    size = parts[0].format.scale.block[0]
+    if size is WHOLE or any(p.shape[at] % size for p in parts[:-1]):
+        parts = [per_row(p) for p in parts]
+    parts = _same_format(parts)
+    second = parts[0].tensor_scale
+    if second is not None and any(not np.array_equal(second, p.tensor_scale) for p in parts):
+        raise ValueError(
+            f"concatenate: {parts[0].format.name} matrices with different tensor scales cannot "
+            "form one matrix exactly; stack them, or quantize the joined values"
+        )
+    return _join(parts, at)
+
+
+def _join_columns(parts: list[Packed]) -> Packed:
+    parts = _same_format(parts)
+    at = len(parts[0].shape) - 1
+    _same_lengths(parts, at)
+    fmt = parts[0].format
+    if fmt.scale.block[1] is WHOLE and len(parts) > 1:
+        raise ValueError(
+            f"concatenate: {fmt.name} has one scale for whole rows, which cannot be joined along "
+            "them; quantize the joined values"
+        )
+    if fmt.tensor_scale and any(
+        not np.array_equal(parts[0].tensor_scale, p.tensor_scale) for p in parts
+    ):
+        raise ValueError(f"concatenate: {fmt.name} matrices have different tensor scales")
+    step = column_alignment(fmt)
+    if any(p.shape[-1] % step for p in parts[:-1]):
+        raise ValueError(
+            f"concatenate: along the columns every {fmt.name} piece but the last needs a multiple "
+            f"of {step} columns, got {[p.shape[-1] for p in parts]}"
+        )
+    return _join(parts, at)
+
+
+def stack(arrays: Sequence[Any], axis: int = 0) -> QArray:
+    """Join along a new leading axis.
+
+    Parameters
+    ----------
+    arrays : sequence of QArray
+        Of one format, shape and dtype.
+    axis : int
+        Position of the new axis in the result; the last two places are taken by the matrices.
+    """
+    pieces = _alike(arrays, "stack")
+    if any(p.shape != pieces[0].shape for p in pieces):
+        raise ValueError(f"stack: shapes differ: {[p.shape for p in pieces]}")
+    ndim = pieces[0].ndim + 1
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"stack: axis {axis} is out of range for {ndim} axes")
+    at = axis % ndim
+    if pieces[0]._vector:
+        if at != 0:
+            raise ValueError("stack: vectors become the rows of a matrix, axis 0")
+        return _join_vectors(pieces)
+    if at > ndim - 3:
+        raise ValueError(
+            f"stack: axis {axis} would put the new axis inside the matrices; only leading places"
+        )
+    parts = _same_format([p._rows() for p in pieces])
+    grown = [
+        replace(
+            _each(p, (*p.shape[:at], 1, *p.shape[at:]), lambda a: np.expand_dims(a, at)),
+            tensor_scale=None
+            if p.tensor_scale is None
+            else np.expand_dims(p.tensor_scale, at),
+        )
+        for p in parts
+    ]
+    return pieces[0]._with(_join(grown, at))
+
+
+def _join_vectors(pieces: list[QArray]) -> QArray:
+    return pieces[0]._with(_join_rows([p._rows() for p in pieces]), vector=False)
+
+
+def split(w: QArray, sections: Any, axis: int = 0, *, exact: bool = True) -> list[QArray]:
+    """Cut into pieces: views, as `w[...]` gives them.
+
+    Parameters
+    ----------
+    w : QArray
+    sections : int or sequence of int
+        A number of equal pieces, or the places to cut.
+    axis : int
+    exact : bool
+        False lets the pieces differ by one, as numpy.array_split does.
+    """
+    if not -w.ndim <= axis < w.ndim:
+        raise ValueError(f"split: axis {axis} is out of range for {w.ndim} axes")
+    axis %= w.ndim
+    length = w.shape[axis]
+    if isinstance(sections, (int, np.integer)):
+        if sections < 1 or (exact and length % sections):
+            raise ValueError(f"split: {length} entries do not make {sections} equal pieces")
+        short, longer = divmod(length, int(sections))
+        sizes = [short + 1] * longer + [short] * (int(sections) - longer)
+        cuts = [0, *np.cumsum(sizes).tolist()]
+    else:
+        cuts = [0, *(int(c) for c in sections), length]
+    lead = (slice(None),) * axis
+    return [w[(*lead, slice(a, b))] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
