@@ -11,7 +11,7 @@ PYTEST ?= -q -n auto --maxprocesses 8
 
 VENV := .venv
 RUN := $(VENV)/bin/python -P
-INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .NOTPARALLEL:
 .PHONY: help demo test nightly lint docs dist-check clean
@@ -51,7 +51,7 @@ dist-check: $(VENV)/.lint
 		echo "$$file"; \
 		rm -rf build/clean; \
 		$(PYTHON) -m venv build/clean; \
-		build/clean/bin/python -m pip install --quiet --disable-pip-version-check "$$file"; \
+		build/clean/bin/python -m pip install -qq --disable-pip-version-check "$$file"; \
 		(cd build/clean && bin/python -P -W error ../../tests/smoke.py); \
 	done
 

@@ -1,5 +1,6 @@
 """What is in the wheel and the source distribution. `make dist-check` installs and runs them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,15 +35,14 @@ def checkout(folder: Path) -> Path:
 
 
 def build(kind: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Call the build backend as pip would, without fetching one."""
-    out = folder / "dist"
+    """Call the build backend as pip does, which hides what is installed (lowbit, editable)."""
+    code = (
+        f"import sys; sys.path.remove({str(ROOT / 'src')!r})\n"
+        f"from setuptools import build_meta; build_meta.build_{kind}({str(folder / 'dist')!r})"
+    )
     return subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-c",
-            f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})",
-        ],
+        [sys.executable, "-P", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         cwd=folder,
         capture_output=True,
         text=True,
