@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -49,6 +50,10 @@ class Element:
             raise ValueError(f"{self.name}: every value has to be a float32; round them first")
         table = struct.pack(f"{len(self.values)}d", *self.values)
         object.__setattr__(self, "digest", hashlib.sha256(table).hexdigest()[:16])
+
+    def __hash__(self) -> int:
+        # A string would hash differently in the process that unpickles it.
+        return zlib.crc32(f"{self.name} {self.digest}".encode())
 
     @property
     def max(self) -> float:
@@ -162,6 +167,7 @@ class Format:
     zero: Element | str | None = None
     bias: bool = False
     tensor_scale: bool = False
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
         if self.zero is not None and not self.element.integral:
@@ -174,6 +180,11 @@ class Format:
             raise ValueError("a format has a zero point or a bias, not both")
         if self.bias and isinstance(self.scale.element, Element):
             raise ValueError("a bias has the scale's dtype, which must then be a float dtype")
+        # Dispatch looks formats up in dictionaries, so the hash is made once.
+        object.__setattr__(self, "_hash", zlib.crc32(repr(self).encode()))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def name(self) -> str:

@@ -33,7 +33,8 @@ class Problem:
     out: str = "float32"
     bias: bool = False
     activation: str | None = None
-    residual: bool = False
+    residual: str | None = None
+    """dtype of the residual."""
     x_along: bool = True
     """The blocks of x's scales lie along the contraction axis (always so for dense x)."""
     w_along: bool = True

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lowbit.formats import Element, Format, reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels import layouts
+from lowbit.kernels.words16 import Words16
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ class QArray:
     __hash__ = None  # type: ignore[assignment]
     __iter__ = None
 
-    _parts: Packed | layouts.Words16
+    _parts: Packed | Words16
     _transposed: bool
     _vector: bool
     _dtype: np.dtype[Any]
@@ -61,7 +61,7 @@ class QArray:
     @classmethod
     def _of(
         cls,
-        parts: Packed | layouts.Words16,
+        parts: Packed | Words16,
         dtype: np.dtype[Any],
         *,
         transposed: bool = False,
@@ -75,7 +75,7 @@ class QArray:
         self._columns, self._divisor = columns, divisor
         return self
 
-    def _with(self, parts: Packed | layouts.Words16 | None = None, **changes: Any) -> QArray:
+    def _with(self, parts: Packed | Words16 | None = None, **changes: Any) -> QArray:
         """A copy that differs in the named fields."""
         fields = {
             "transposed": self._transposed,
@@ -251,8 +251,8 @@ class QArray:
         operation still works, and `codes` restores the canonical bytes exactly. A format with no
         such arrangement comes back as it is.
         """
-        if isinstance(self._parts, Packed) and layouts.Words16.refusal(self._parts) is None:
-            return self._with(layouts.Words16.of(self._parts))
+        if isinstance(self._parts, Packed) and Words16.refusal(self._parts) is None:
+            return self._with(Words16.of(self._parts))
         return self
 
     # Shape

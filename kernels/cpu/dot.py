@@ -1,0 +1,103 @@
+"""int8 x times integer weights of up to 8 bits: exact int32 sums, scaled in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit.formats import Format, codes, reference
+from lowbit.kernels.cpu import gemm, operands
+from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
+
+
+def _spec(p: Problem) -> gemm.Spec:
+    fmt = p.w
+    panels = p.layout == "words16" and fmt.scale.block[0] == 1
+    return gemm.Spec(
+        inner="dot",
+        element=fmt.element,
+        layout=p.layout,
+        scale=operands.scale_kind(fmt),
+        scale_layout="panels16" if panels else "rows",
+        zero=operands.zero_kind(fmt),
+        x_scale=True,
+        activation=p.activation,
+        out=p.out,
+        residual=p.residual,
+    )
+
+
+def _accepts(p: Problem) -> str | None:
+    if isinstance(p.x, str):
+        return f"wants integer codes on both sides, x is {p.x}"
+    if not p.x.element.integral or p.x.element.min >= 0 or p.x.zero is not None or p.x.bias:
+        return f"wants signed integers without zero point for x, got {p.x.name}"
+    if not p.w.element.integral or isinstance(p.w.zero, str) or p.w.bias:
+        return f"wants integers with integer zero points for w, got {p.w.name}"
+    refusal = operands.refuse_common(p)
+    if refusal is not None:
+        return refusal
+    segment = operands.segment_of(p)
+    longest = gemm.longest_segment(p.x.element, p.w.element, operands.zero_kind(p.w))
+    if segment > longest:
+        return f"sums of {segment} products could overflow int32, {longest} cannot"
+    return gemm.refuse(_spec(p), segment=segment, k=p.k)
+
+
+def _cost(p: Problem) -> float:
+    lanes = operands.isa_of(p).lanes
+    rate = 4 * 1.5e9 * lanes * min(p.threads, 64)
+    packing = 0.4e-9 * p.n * p.k / p.threads if p.layout == "rows" else 0.0
+    return 12e-6 + packing + p.m * p.n * p.k / rate + 4e-9 * p.m * p.k
+
+
+def _build(p: Problem) -> Run:
+    spec, isa = _spec(p), operands.isa_of(p)
+    call = gemm.build(spec, isa)
+    segment = operands.segment_of(p)
+    assert isinstance(p.x, Format)
+    x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
+    m, n, k = p.m, p.n, p.k
+
+    def run(x: Any, w: Any, epilogue: Epilogue, out: Array) -> None:
+        arranged = gemm.arrange(_int8(x), spec.element, isa, segment)
+        scales = operands.x_blocks(x)
+        call(
+            m=m, n=n, k=k, segment=segment,
+            x=operands.address(arranged.x), x_stride=arranged.x.shape[-1],
+            x_sums=operands.address(arranged.sums), x_sums_stride=arranged.sums.shape[-1],
+            x_scales=operands.address(scales), x_scales_stride=scales.shape[1],
+            x_block_segments=x_blocks,
+            **operands.weight_arguments(w, segment),
+            **operands.output_arguments(epilogue, out, operands.second_level(x, w)),
+        )
+
+    return run
+
+
+def _int8(x: reference.Packed) -> Array:
+    """Codes as int8 numbers, one a byte."""
+    if x.format.element.bits == 8:
+        return x.codes.view("int8")
+    return codes.decode(x.format.element, reference.element_codes(x)).astype("int8")
+
+
+def _roundings(p: Problem) -> Roundings:
+    segments = -(-p.k // operands.segment_of(p))
+    # int32 to float32, w's scale, x's scale within the fma, one fma a segment, alpha and
+    # second-level scales.
+    return Roundings(
+        "float32", segments + 6, "exact integer sums, then segments ascending by fma"
+    )
+
+
+KERNELS = (
+    Kernel(
+        "matmul.cpu.dot",
+        "cpu",
+        accepts=_accepts,
+        cost=_cost,
+        build=_build,
+        roundings=_roundings,
+        layouts=("rows", "words16"),
+    ),
+)

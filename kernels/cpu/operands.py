@@ -1,0 +1,162 @@
+"""Operands as the generated code wants them: addresses, strides, padded rows of x."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lowbit.formats import WHOLE, Element, Format, codes, reference, scaling
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cpu import isa as isas
+from lowbit.kernels.cpu.isa import Isa
+from lowbit.kernels.declare import Array, Epilogue, Problem
+from lowbit.kernels.words16 import Words16
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def isa_of(problem: Problem) -> Isa:
+    """The instruction set that the problem's device names."""
+    name = problem.device.partition(":")[2]
+    return next(isa for isa in isas.RECORDS if isa.name == name)
+
+
+def address(array: Array) -> int:
+    """Of the first element; a tenth of what `.ctypes.data` costs."""
+    pointer: int = array.__array_interface__["data"][0]
+    return pointer
+
+
+def scale_kind(fmt: Format) -> Element | str:
+    """How the scales are stored."""
+    return fmt.scale.element
+
+
+def zero_kind(fmt: Format) -> str | None:
+    """How the zero points are stored."""
+    return None if fmt.zero is None else reference.zero_dtype(fmt).name
+
+
+def segment_of(problem: Problem) -> int:
+    """Columns between any two changes of a scale; K where nothing changes."""
+    widths = [problem.w.scale.block[1]]
+    if not isinstance(problem.x, str):
+        widths.append(problem.x.scale.block[1])
+    found = [w for w in widths if w is not WHOLE and w < problem.k]
+    return math.gcd(*found) if found else problem.k
+
+
+def blocks_of(block: int | None, segment: int, k: int) -> int:
+    """Segments that share one scale of this block width."""
+    return -(-k // segment) if block is WHOLE or block >= k else block // segment
+
+
+def refuse_common(p: Problem) -> str | None:
+    """What no generated kernel takes."""
+    if not p.w_along:
+        return "the scales of w lie across the contraction axis"
+    if not p.x_along:
+        return "the scales of x lie across the contraction axis"
+    if p.x == "float64" or p.out == "float64":
+        return "computes in float32, float64 was asked for"
+    if p.m == 0 or p.n == 0 or p.k == 0:
+        return "an axis is empty, there is nothing to compute"
+    if not math.isfinite(p.w.element.values[0]):
+        return f"{p.w.element.name} has no finite value at code 0, which pads its rows"
+    return None
+
+
+def weight_arguments(w: Packed | Words16, segment: int) -> dict[str, int]:
+    """Addresses and strides of w's parts."""
+    rows, columns = w.format.scale.block
+    k = w.shape[-1]
+    found = {
+        "codes": address(w.codes),
+        "codes_stride": w.codes.strides[0] if isinstance(w, Packed) else 0,
+        "scales": address(w.scales),
+        "scales_stride": w.scales.strides[0] // w.scales.itemsize,
+        "block_rows": w.shape[-2] if rows is WHOLE else rows,
+        "block_segments": blocks_of(columns, segment, k),
+    }
+    if w.zeros is not None:
+        found["zeros"] = address(w.zeros)
+    if w.biases is not None:
+        found["biases"] = address(w.biases)
+    return found
+
+
+def contiguous_parts(w: Packed | Words16) -> Packed | Words16:
+    """Parts whose rows are dense, which slicing may have lost; kernels read by row strides."""
+    if isinstance(w, Words16):
+        return w
+    parts = (w.scales, w.zeros, w.biases)
+    steady = w.codes.strides[-1] == 1 and w.codes.strides[0] > 0
+    if steady and all(p is None or p.flags.c_contiguous for p in parts):
+        return w
+    dense = [None if p is None else np.ascontiguousarray(p) for p in parts]
+    assert dense[0] is not None
+    return Packed(
+        w.format, w.shape, np.ascontiguousarray(w.codes), dense[0], dense[1], dense[2],
+        w.tensor_scale,
+    )
+
+
+def x_blocks(x: Packed) -> Array:
+    """float32 (M, blocks): the scales of x, one row of them for each row."""
+    scales = scaling.decode_scales(x.format, x.scales)
+    spread = reference.spread(
+        scales, (x.format.scale.block[0], 1), (x.shape[-2], scales.shape[-1])
+    )
+    return np.ascontiguousarray(spread, FLOAT32)
+
+
+def x_values(x: Packed, width: int) -> Array:
+    """float32 (M, width): codes of x decoded, zero points taken off, columns padded with 0."""
+    values = np.zeros((x.shape[-2], width), FLOAT32)
+    part = values[:, : x.shape[-1]]
+    part[...] = codes.decode(x.format.element, reference.element_codes(x))
+    if x.zeros is not None:
+        part -= reference.spread(x.zeros.astype(FLOAT32), x.format.scale.block, x.matrix)
+    return values
+
+
+def padded(x: Array, width: int) -> Array:
+    """float32 rows of this width: x itself where it already is so."""
+    if (
+        x.dtype == FLOAT32
+        and x.dtype.isnative
+        and x.shape[1] == width
+        and x.strides[1] == 4
+        and x.strides[0] >= 4 * width
+        and x.flags.aligned
+    ):
+        return x
+    wide = np.zeros((x.shape[0], width), FLOAT32)
+    wide[:, : x.shape[1]] = x
+    return wide
+
+
+def second_level(*operands: Any) -> float:
+    """Product of the tensor scales."""
+    factor = 1.0
+    for operand in operands:
+        if getattr(operand, "tensor_scale", None) is not None:
+            factor *= float(operand.tensor_scale)
+    return factor
+
+
+def output_arguments(epilogue: Epilogue, out: Array, scale: float) -> dict[str, Any]:
+    """Where the result goes and what happens to it on the way."""
+    found: dict[str, Any] = {
+        "out": address(out),
+        "out_stride": out.strides[0] // out.itemsize,
+        "alpha": epilogue.alpha * scale,
+    }
+    if epilogue.bias is not None:
+        found["bias"] = address(epilogue.bias)
+    if epilogue.residual is not None:
+        found["residual"] = address(epilogue.residual)
+        found["residual_stride"] = epilogue.residual.strides[0] // epilogue.residual.itemsize
+    return found

@@ -1,0 +1,91 @@
+"""The parts of an array in the arrangement that compiled CPU kernels read without repacking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from lowbit.formats import Format
+from lowbit.formats.reference import Packed
+from lowbit.kernels import layouts
+from lowbit.kernels.declare import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Words16:
+    """Codes as (..., panels, words, 16) uint32: sixteen rows interleaved by 32-bit words.
+
+    Scales, zero points and biases of single rows lie alongside, (..., panels, blocks, 16), in
+    their own dtypes; those of blocks of several rows stay as they are.
+    """
+
+    layout: ClassVar[str] = "words16"
+
+    format: Format
+    shape: tuple[int, ...]
+    codes: Array
+    scales: Array
+    zeros: Array | None = None
+    biases: Array | None = None
+    tensor_scale: Array | None = None
+
+    @staticmethod
+    def refusal(parts: Packed) -> str | None:
+        """Why a format has no such arrangement, or None."""
+        bits = parts.format.element.bits
+        if bits not in layouts.WIDTHS:
+            return f"{bits}-bit codes do not fill 32-bit words evenly"
+        return None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.shape[-2], self.shape[-1]
+
+    @classmethod
+    def of(cls, parts: Packed) -> Words16:
+        """Rearrange canonical parts."""
+        single = parts.format.scale.block[0] == 1
+        codes = _each(parts.codes, layouts.words16)
+        blocks = [
+            p if p is None or not single else _each(p, layouts.panels16)
+            for p in (parts.scales, parts.zeros, parts.biases)
+        ]
+        assert blocks[0] is not None
+        return cls(parts.format, parts.shape, codes, blocks[0], *blocks[1:], parts.tensor_scale)
+
+    def rows(self) -> Packed:
+        """Restore the canonical parts, bit for bit."""
+        fmt, (rows, columns) = self.format, self.matrix
+        single = fmt.scale.block[0] == 1
+        codes = _each(self.codes, lambda c: layouts.rows(c, rows, fmt.row_bytes(columns)), 3)
+        blocks = [
+            p if p is None or not single else _each(p, lambda a: layouts.block_rows(a, rows), 3)
+            for p in (self.scales, self.zeros, self.biases)
+        ]
+        assert blocks[0] is not None
+        return Packed(fmt, self.shape, codes, blocks[0], *blocks[1:], self.tensor_scale)
+
+    def __getitem__(self, lead: tuple[int, ...]) -> Words16:
+        """One matrix of a stack."""
+        zeros = None if self.zeros is None else self.zeros[lead]
+        biases = None if self.biases is None else self.biases[lead]
+        second = None if self.tensor_scale is None else self.tensor_scale[lead]
+        return replace(
+            self, shape=self.shape[-2:], codes=self.codes[lead], scales=self.scales[lead],
+            zeros=zeros, biases=biases, tensor_scale=second,
+        )
+
+
+def _each(part: Array, change: Callable[[Array], Array], axes: int = 2) -> Array:
+    """Apply a change of matrices to a stack of them."""
+    lead, matrix = part.shape[:-axes], part.shape[-axes:]
+    if not lead:
+        return change(part)
+    if 0 in lead:
+        return np.zeros((*lead, *change(np.zeros(matrix, part.dtype)).shape), part.dtype)
+    changed = np.stack([change(m) for m in part.reshape(-1, *matrix)])
+    return changed.reshape(*lead, *changed.shape[1:])

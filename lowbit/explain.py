@@ -1,0 +1,152 @@
+"""Why a kernel was chosen: every verdict, bytes, operations and the two floors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lowbit import checks
+from lowbit.array import QArray
+from lowbit.formats import Format
+from lowbit.kernels import Problem, Verdict, choose, judge
+from lowbit.kernels.cpu import machine
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choice for one problem.
+
+    Attributes
+    ----------
+    problem : Problem
+    verdicts : list of Verdict
+        The usable kernels first, the cheapest first.
+    kernel : str
+        Name of the chosen one.
+    """
+
+    problem: Problem
+    verdicts: list[Verdict] = field(repr=False)
+    kernel: str
+    note: str = ""
+
+    @property
+    def floors(self) -> tuple[float, float]:
+        """Seconds that the bytes and the operations take at the machine's estimated rates."""
+        p = self.problem
+        rates = machine.estimate(p.device, p.threads)
+        integer = isinstance(p.x, Format) and p.x.element.integral and p.w.element.integral
+        return p.bytes / rates.bandwidth, p.operations / (
+            rates.integer_operations if integer else rates.float_operations
+        )
+
+    def __str__(self) -> str:
+        p = self.problem
+        x = p.x if isinstance(p.x, str) else p.x.name
+        moved, computed = self.floors
+        floor = max(moved, computed)
+        chosen = next(v for v in self.verdicts if v.kernel.name == self.kernel)
+        lines = [
+            f"({p.m}, {p.k}) {x} @ ({p.n}, {p.k}) {p.w.name}.T -> {p.out} on {p.device}, "
+            f"{p.threads} threads",
+            f"{p.bytes:,} bytes, {p.operations:,} operations",
+            f"floors (estimated machine): {_time(moved)} to move, {_time(computed)} to compute",
+            f"expected share of the floor: {100 * floor / (chosen.seconds or floor):.0f} % "
+            f"(costs are estimated)",
+            f"rounding: {chosen.kernel.roundings(p).note}",
+        ]
+        for v in self.verdicts:
+            mark = "->" if v.kernel.name == self.kernel else "  "
+            said = f"no: {v.refusal}" if v.seconds is None else f"{_time(v.seconds)} (estimated)"
+            lines.append(f"{mark} {v.kernel.name:<16} {said}")
+        if self.kernel == "reference":
+            lines.append("the reference kernel is slow: it widens every value to float64")
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def explain(
+    x: Any,
+    w: Any,
+    *,
+    bias: Any = None,
+    activation: str | None = None,
+    residual: Any = None,
+    x_format: Any = None,
+    out_dtype: Any = None,
+    batch_invariant: bool = False,
+    kernel: str | None = None,
+) -> Explanation:
+    """Say which kernel `matmul` would run and why, without running it.
+
+    Parameters
+    ----------
+    x, w, bias, activation, residual, x_format, out_dtype, batch_invariant, kernel
+        As for `matmul`: a weight stored as (N, K) comes in as ``w.T``. Only shapes, dtypes and
+        formats are read, so zeros will do.
+
+    Returns
+    -------
+    Explanation
+        ``str`` of it prints verdicts, bytes, operations and floors; ``kernel`` is the name.
+
+    Examples
+    --------
+    >>> import numpy as np, lowbit as lb
+    >>> w = lb.quantize(np.eye(64, dtype=np.float32), "int4_g32", axis=0)
+    >>> lb.explain(np.ones((1, 64), np.float32), w).problem.k
+    64
+    """
+    from lowbit import matmul as product
+
+    left, right, _ = product._operands(x, w)
+    note = ""
+    if isinstance(right, QArray) and not isinstance(left, QArray):
+        if product._rearranged(right) and right._transposed:
+            note = "x is divided and permuted first, as the weight's columns ask"
+        left, right = product._adapt(left, right)
+    shapes = [s.shape for s in (left, right)]
+    m = 1 if len(shapes[0]) == 1 else int(np.prod(shapes[0][:-1]))
+    n = 1 if len(shapes[1]) == 1 else shapes[1][-1]
+    k = shapes[0][-1]
+    if k != shapes[1][-2 if len(shapes[1]) > 1 else -1]:
+        raise ValueError(f"explain: shapes {shapes[0]} and {shapes[1]} do not multiply")
+    if len(shapes[1]) > 2 or isinstance(left, QArray):
+        m = shapes[0][-2] if len(shapes[0]) > 1 else 1
+        note = note or ("every matrix of the stack by itself" if len(shapes[1]) > 2 else "")
+    dtype = product.promoted(left.dtype, right.dtype)
+    if out_dtype is not None:
+        dtype = checks.float_dtype(out_dtype, "out_dtype")
+    if activation is not None:
+        checks.choice(activation, product.ACTIVATIONS, "activation")
+    x_kind: Format | str = left.format if isinstance(left, QArray) else left.dtype.name
+    if x_format is not None:
+        x_kind = checks.as_format(x_format, "x_format")
+    x_along = not (isinstance(left, QArray) and left._transposed and left.ndim > 1)
+    layout, epilogue = "rows", (bias is not None, activation, residual)
+    if isinstance(right, QArray):
+        w_kind = right.format
+        w_along, layout = right._transposed or right.ndim == 1, right.layout
+    else:
+        assert isinstance(left, QArray)
+        # The kernels compute the transpose; the epilogue follows in NumPy.
+        m, n, x_kind, w_kind = n, m, right.dtype.name, left.format
+        w_along, x_along, layout = x_along, True, left.layout
+        epilogue, note = (False, None, None), "computed as the transpose of w.T @ x.T"
+    stated = Problem(
+        m, n, k, x_kind, w_kind, dtype.name, epilogue[0], epilogue[1],
+        None if epilogue[2] is None else dtype.name,
+        x_along, w_along, layout, batch_invariant, product._device(),
+        product.pool.get_num_threads(),
+    )
+    chosen = choose(stated, kernel)
+    return Explanation(stated, judge(stated), chosen.kernel.name, note)

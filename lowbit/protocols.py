@@ -1,0 +1,122 @@
+"""What NumPy and PyTorch functions do with a QArray among their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lowbit import arithmetic, einsums, shaping
+from lowbit.array import QArray
+from lowbit.matmul import linear, matmul
+
+
+def array_ufunc(ufunc: np.ufunc, method: str, inputs: tuple[Any, ...], kwargs: Any) -> Any:
+    """NumPy's ufuncs: matmul, negative and exact multiplications; the rest would densify."""
+    out = kwargs.pop("out", None)
+    if method == "__call__" and not kwargs:
+        if ufunc is np.matmul:
+            return matmul(*inputs, out=None if out is None else out[0])
+        if out is None and ufunc is np.negative:
+            return arithmetic.negate(inputs[0])
+        if out is None and ufunc is np.positive:
+            return inputs[0]
+        if out is None and ufunc is np.multiply:
+            left, right = inputs
+            return left * right if isinstance(left, QArray) else right * left
+        if out is None and ufunc is np.true_divide and isinstance(inputs[0], QArray):
+            return inputs[0] / inputs[1]
+    if ufunc in (np.equal, np.not_equal):
+        raise TypeError("== would need the values; lowbit.array_equal compares two arrays whole")
+    raise TypeError(
+        f"numpy.{ufunc.__name__} would need the values of a QArray; call .dequantize() first"
+    )
+
+
+def _concatenate(arrays: Any, axis: int = 0) -> QArray:
+    return shaping.concatenate(arrays, axis)
+
+
+def _swapaxes(a: QArray, axis1: int, axis2: int) -> QArray:
+    return a.swapaxes(axis1, axis2)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    np.dot: lambda a, b, out=None: _dot(a, b, out),
+    np.einsum: lambda subscripts, *operands, out=None: einsums.einsum(subscripts, *operands, out=out),
+    np.concatenate: _concatenate,
+    np.vstack: lambda tup: shaping.concatenate(tup, 0),
+    np.stack: shaping.stack,
+    np.split: lambda ary, indices_or_sections, axis=0: shaping.split(
+        ary, indices_or_sections, axis
+    ),
+    np.array_split: lambda ary, indices_or_sections, axis=0: shaping.split(
+        ary, indices_or_sections, axis, exact=False
+    ),
+    np.transpose: lambda a, axes=None: a.transpose(axes),
+    np.matrix_transpose: lambda x, /: x.mT,
+    np.swapaxes: _swapaxes,
+    np.reshape: lambda a, /, shape, **kw: a.reshape(shape),
+    np.copy: lambda a: a.copy(),
+    np.shape: lambda a: a.shape,
+    np.ndim: lambda a: a.ndim,
+    np.size: lambda a, axis=None: a.size if axis is None else a.shape[axis],
+    np.array_equal: lambda a1, a2: arithmetic.array_equal(a1, a2),
+    np.inner: lambda a, b: _inner(a, b),
+}
+
+
+def _dot(a: Any, b: Any, out: Any = None) -> Any:
+    if np.ndim(a) > 2 and np.ndim(b) > 2:
+        raise TypeError("numpy.dot of two stacks pairs every matrix with every other; use matmul")
+    return matmul(a, b, out=out)
+
+
+def _inner(a: Any, b: Any) -> Any:
+    if b.ndim > 2:
+        raise TypeError("numpy.inner with a stack is not supported; use lowbit.linear")
+    return linear(a, b)
+
+
+def array_function(func: Any, args: Any, kwargs: Any) -> Any:
+    """NumPy's other functions."""
+    handler = _FUNCTIONS.get(func)
+    if handler is None:
+        raise TypeError(
+            f"numpy.{func.__name__} would need the values of a QArray; call .dequantize() first"
+        )
+    try:
+        return handler(*args, **kwargs)
+    except TypeError as error:
+        if "unexpected keyword" in str(error) or "positional argument" in str(error):
+            raise TypeError(
+                f"numpy.{func.__name__} of a QArray does not take these arguments: {error}"
+            ) from None
+        raise
+
+
+def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
+    """PyTorch's functions, told apart by name since torch is not imported here."""
+    name = getattr(func, "__name__", "")
+    if name in ("matmul", "mm", "bmm", "__matmul__", "dot", "mv"):
+        return matmul(*args, **_renamed(kwargs))
+    if name == "__rmatmul__":
+        return matmul(args[1], args[0])
+    if name == "linear":
+        x, weight, bias = (*args, *(None,) * (3 - len(args)))
+        return linear(
+            kwargs.get("input", x), kwargs.get("weight", weight), bias=kwargs.get("bias", bias)
+        )
+    if name == "einsum":
+        return einsums.einsum(*args)
+    raise TypeError(
+        f"torch.{name} would need the values of a QArray; pass torch.from_numpy(w.dequantize())"
+    )
+
+
+def _renamed(kwargs: Any) -> dict[str, Any]:
+    unknown = set(kwargs) - {"out"}
+    if unknown:
+        raise TypeError(f"a product with a QArray takes out=, not {', '.join(sorted(unknown))}")
+    return dict(kwargs)
