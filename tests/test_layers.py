@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -121,12 +122,17 @@ def test_backends_do_not_know_each_other():
             assert crossing == set(), path
 
 
+LINKS = {"src/lowbit": "../lowbit", "lowbit/kernels": "../kernels", "lowbit/formats": "../formats"}
+
+
 def test_the_three_links_are_relative_links():
-    links = {
-        "src/lowbit": "../lowbit",
-        "lowbit/kernels": "../kernels",
-        "lowbit/formats": "../formats",
-    }
-    for link, target in links.items():
+    for link, target in LINKS.items():
         assert (ROOT / link).is_symlink(), f"{link} is not a symlink: check out with links"
         assert str((ROOT / link).readlink()) == target
+
+
+def test_pyright_is_told_every_link():
+    """It does not follow them, and calls a folder without files clean."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    told = {(ROOT / folder).resolve() for folder in settings["include"]}
+    assert {(ROOT / link).resolve() for link in LINKS} <= told
