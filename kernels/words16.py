@@ -48,8 +48,9 @@ class Words16:
     @classmethod
     def of(cls, parts: Packed) -> Words16:
         """Rearrange canonical parts."""
+        bits = parts.format.element.bits
         single = parts.format.scale.block[0] == 1
-        codes = _each(parts.codes, layouts.words16)
+        codes = _each(parts.codes, lambda c: layouts.words16(c, bits))
         blocks = [
             p if p is None or not single else _each(p, layouts.panels16)
             for p in (parts.scales, parts.zeros, parts.biases)
@@ -63,7 +64,7 @@ class Words16:
         single = fmt.scale.block[0] == 1
         codes = _each(self.codes, lambda c: layouts.rows(c, rows, fmt.row_bytes(columns)), 3)
         blocks = [
-            p if p is None or not single else _each(p, lambda a: layouts.block_rows(a, rows), 3)
+            p if p is None or not single else _each(p, lambda a: layouts.unpanel16(a, rows), 3)
             for p in (self.scales, self.zeros, self.biases)
         ]
         assert blocks[0] is not None

@@ -5,9 +5,9 @@
     y = x @ w.T                              # x of NumPy, PyTorch or JAX; y likewise
 """
 
-from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
-from lowbit import testing
 from lowbit.arithmetic import array_equal
 from lowbit.array import QArray
 from lowbit.explain import Explanation, explain
@@ -40,8 +40,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Callable[..., Format]:
+def __getattr__(name: str) -> Any:
     """Format constructors: every declared name is a function, `lowbit.int4(group=128)`."""
+    if name == "testing":
+        return import_module("lowbit.testing")
     if name in declared():
         return constructor(name)
     raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
