@@ -181,10 +181,14 @@ class Format:
         if self.bias and isinstance(self.scale.element, Element):
             raise ValueError("a bias has the scale's dtype, which must then be a float dtype")
         # Dispatch looks formats up in dictionaries, so the hash is made once.
-        object.__setattr__(self, "_hash", zlib.crc32(repr(self).encode()))
+        parts = (self.element, self.scale, self.zero, self.bias, self.tensor_scale)
+        object.__setattr__(self, "_hash", zlib.crc32(repr(parts).encode()))
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __repr__(self) -> str:
+        return f"lowbit.format({self.name!r})"
 
     @property
     def name(self) -> str:
