@@ -14,10 +14,10 @@ What LLVM needs, found the hard way:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import stat
-import sys
 import tempfile
 import threading
 import warnings
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 _MAGIC = b"lowbit object %d\n" % _SCHEMA
-_DEFINED = re.compile(r"^define\b(?![^@]*\b(?:internal|private)\b)[^@]*@([\w.$]+)\(", re.M)
+_DEFINED = re.compile(r"^\s*define\b(?![^@]*\b(?:internal|private)\b)[^@]*@([\w.$]+)\(", re.M)
 
 # Held over a fork too: a child must not inherit LLVM half way through a compilation.
 _lock = threading.RLock()
+_names = itertools.count()
 _loaded: dict[tuple[str, Isa], Module] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -80,7 +81,7 @@ def assembly(ir: str, isa: Isa) -> str:
 
 
 def cache_directory() -> tuple[Path | None, str]:
-    """Return the folder of the object cache, or None and why there is none."""
+    """Return the folder of the object cache, or None and why kernels stay in memory only."""
     given = os.environ.get("LOWBIT_CACHE_DIR")
     if given:
         folder = Path(given).absolute()
@@ -88,10 +89,8 @@ def cache_directory() -> tuple[Path | None, str]:
         import platformdirs
 
         folder = Path(platformdirs.user_cache_dir("lowbit", appauthor=False))
-    return _checked(folder)
-
-
-def _checked(folder: Path) -> tuple[Path | None, str]:
+        if not folder.is_absolute():
+            return None, "this user has no home folder. Set LOWBIT_CACHE_DIR."
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -99,7 +98,9 @@ def _checked(folder: Path) -> tuple[Path | None, str]:
         return None, f"{folder} cannot be made: {error.strerror}"
     why = _distrust(status)
     if why:
-        return None, f"{folder} is {why}; kernels are executed from it. Set LOWBIT_CACHE_DIR."
+        why = f"{folder} is {why}, and kernels are executed from it. Set LOWBIT_CACHE_DIR."
+        warnings.warn(f"object cache not used: {why}", RuntimeWarning, stacklevel=2)
+        return None, why
     return folder, ""
 
 
@@ -162,18 +163,15 @@ def _link(code: bytes, symbols: list[str]) -> dict[str, int]:
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     for symbol in symbols:
         builder.export_symbol(symbol)
-    tracker = builder.link(_jit(), f"lowbit.{len(_loaded)}")
+    tracker = builder.link(_jit(), f"lowbit.{next(_names)}")
     tracker.detach()
     return {symbol: tracker[symbol] for symbol in symbols}
 
 
 def _object(ir: str, isa: Isa) -> bytes:
     key = _key(ir, isa)
-    folder, why = cache_directory()
-    if folder is None:
-        if sys.platform != "win32" and "executed" in why:
-            warnings.warn(f"object cache not used: {why}", RuntimeWarning, stacklevel=4)
-    else:
+    folder, _ = cache_directory()
+    if folder is not None:
         code = _read(folder / key, key)
         if code is not None:
             return code
