@@ -6,48 +6,71 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowbit.arithmetic import array_equal
-from lowbit.array import QArray
-from lowbit.explain import Explanation, explain
-from lowbit.formats import Format, declared
-from lowbit.kernels.cpu.pool import get_num_threads, set_num_threads
-from lowbit.matmul import linear, matmul
-from lowbit.quantizing import codebook, constructor, dequantize, format, from_parts, quantize
-from lowbit.shaping import concatenate, stack
+import ml_dtypes  # noqa: F401  (names bfloat16 and the 8-bit floats to NumPy)
+import numpy  # noqa: F401, ICN001
+
+if TYPE_CHECKING:
+    from lowbit import testing as testing
+    from lowbit.arithmetic import array_equal as array_equal
+    from lowbit.array import QArray as QArray
+    from lowbit.explaining import Explanation as Explanation
+    from lowbit.explaining import explain as explain
+    from lowbit.formats import Format as Format
+    from lowbit.kernels.cpu.pool import get_num_threads as get_num_threads
+    from lowbit.kernels.cpu.pool import set_num_threads as set_num_threads
+    from lowbit.products import linear as linear
+    from lowbit.products import matmul as matmul
+    from lowbit.quantizing import codebook as codebook
+    from lowbit.quantizing import dequantize as dequantize
+    from lowbit.quantizing import format as format
+    from lowbit.quantizing import from_parts as from_parts
+    from lowbit.quantizing import quantize as quantize
+    from lowbit.shaping import concatenate as concatenate
+    from lowbit.shaping import stack as stack
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Explanation",
-    "Format",
-    "QArray",
-    "array_equal",
-    "codebook",
-    "concatenate",
-    "dequantize",
-    "explain",
-    "format",
-    "from_parts",
-    "get_num_threads",
-    "linear",
-    "matmul",
-    "quantize",
-    "set_num_threads",
-    "stack",
-    "testing",
-]
+# Where each public name lives. Loaded on first use: `import lowbit` costs little more than
+# `import numpy`, however much the library grows.
+_HOMES = {
+    "Explanation": "explaining",
+    "Format": "formats",
+    "QArray": "array",
+    "array_equal": "arithmetic",
+    "codebook": "quantizing",
+    "concatenate": "shaping",
+    "dequantize": "quantizing",
+    "explain": "explaining",
+    "format": "quantizing",
+    "from_parts": "quantizing",
+    "get_num_threads": "kernels.cpu.pool",
+    "linear": "products",
+    "matmul": "products",
+    "quantize": "quantizing",
+    "set_num_threads": "kernels.cpu.pool",
+    "stack": "shaping",
+}
+
+__all__ = [*_HOMES, "testing"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    """Format constructors: every declared name is a function, `lowbit.int4(group=128)`."""
-    if name == "testing":
-        return import_module("lowbit.testing")
-    if name in declared():
-        return constructor(name)
-    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    """Public names on first use, and a constructor for every declared format: `lowbit.int4()`."""
+    if name in _HOMES:
+        value = getattr(import_module(f"lowbit.{_HOMES[name]}"), name)
+    elif name == "testing":
+        value = import_module("lowbit.testing")
+    else:
+        # `from lowbit import interop` asks here too, before it looks for the submodule.
+        if name not in import_module("lowbit.formats").declared():
+            raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+        value = import_module("lowbit.quantizing").constructor(name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *declared(), "__version__"})
+    declared = import_module("lowbit.formats").declared()
+    return sorted({*__all__, *declared, "__version__"})

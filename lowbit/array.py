@@ -332,12 +332,12 @@ class QArray:
     # Products
 
     def __matmul__(self, other: Any) -> Any:
-        from lowbit.matmul import matmul
+        from lowbit.products import matmul
 
         return matmul(self, other)
 
     def __rmatmul__(self, other: Any) -> Any:
-        from lowbit.matmul import matmul
+        from lowbit.products import matmul
 
         return matmul(other, self)
 

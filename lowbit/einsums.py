@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.array import QArray
-from lowbit.matmul import matmul
+from lowbit.products import matmul
 
 
 def einsum(subscripts: Any, *operands: Any, out: Any = None) -> Any:

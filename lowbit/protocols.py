@@ -9,7 +9,7 @@ import numpy as np
 
 from lowbit import arithmetic, einsums, shaping
 from lowbit.array import QArray
-from lowbit.matmul import linear, matmul
+from lowbit.products import linear, matmul
 
 
 def array_ufunc(ufunc: np.ufunc, method: str, inputs: tuple[Any, ...], kwargs: Any) -> Any:

@@ -106,14 +106,14 @@ def explain(
     >>> lb.explain(np.ones((1, 64), np.float32), w).problem.k
     64
     """
-    from lowbit import matmul as product
+    from lowbit import products
 
-    left, right, _ = product._operands(x, w)
+    left, right, _ = products._operands(x, w)
     note = ""
     if isinstance(right, QArray) and not isinstance(left, QArray):
-        if product._rearranged(right) and right._transposed:
+        if products._rearranged(right) and right._transposed:
             note = "x is divided and permuted first, as the weight's columns ask"
-        left, right = product._adapt(left, right)
+        left, right = products._adapt(left, right)
     shapes = [s.shape for s in (left, right)]
     m = 1 if len(shapes[0]) == 1 else int(np.prod(shapes[0][:-1]))
     n = 1 if len(shapes[1]) == 1 else shapes[1][-1]
@@ -123,11 +123,11 @@ def explain(
     if len(shapes[1]) > 2 or isinstance(left, QArray):
         m = shapes[0][-2] if len(shapes[0]) > 1 else 1
         note = note or ("every matrix of the stack by itself" if len(shapes[1]) > 2 else "")
-    dtype = product.promoted(left.dtype, right.dtype)
+    dtype = products.promoted(left.dtype, right.dtype)
     if out_dtype is not None:
         dtype = checks.float_dtype(out_dtype, "out_dtype")
     if activation is not None:
-        checks.choice(activation, product.ACTIVATIONS, "activation")
+        checks.choice(activation, products.ACTIVATIONS, "activation")
     x_kind: Format | str = left.format if isinstance(left, QArray) else left.dtype.name
     if x_format is not None:
         x_kind = checks.as_format(x_format, "x_format")
@@ -145,8 +145,8 @@ def explain(
     stated = Problem(
         m, n, k, x_kind, w_kind, dtype.name, epilogue[0], epilogue[1],
         None if epilogue[2] is None else dtype.name,
-        x_along, w_along, layout, batch_invariant, product._device(),
-        product.pool.get_num_threads(),
+        x_along, w_along, layout, batch_invariant, products._device(),
+        products.pool.get_num_threads(),
     )
     chosen = choose(stated, kernel)
     return Explanation(stated, judge(stated), chosen.kernel.name, note)
