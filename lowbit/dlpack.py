@@ -30,7 +30,7 @@ _DTYPES: dict[tuple[int, int, int], np.dtype[Any]] = {
     _FLOAT4_PAIRS: np.dtype(np.uint8),
 }
 _LABELS = {dtype: label for label, dtype in _DTYPES.items() if label != _FLOAT4_PAIRS}
-_CARRIERS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
+_CARRIERS: dict[int, type[np.generic]] = {1: np.uint8, 2: np.uint16}
 _UNSIGNED = 1
 
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cuda_host", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm"}
@@ -133,7 +133,7 @@ def from_dlpack(x: Any) -> NDArray[Any]:
     if device_type not in _HOST:
         name = _DEVICES.get(device_type, f"DLPack device {device_type}")
         raise BufferError(f"the memory is on {name}:{device_id}; copy it to the host first")
-    array = np.from_dlpack(producer)
+    array: NDArray[Any] = np.from_dlpack(producer)
     if producer.label == _FLOAT4_PAIRS:
         return unpack_float4(array)
     dtype = _DTYPES.get(producer.label)
@@ -168,10 +168,11 @@ class Exported:
                 f"strides {array.strides} are negative, which consumers of DLPack do not "
                 "survive; pass np.ascontiguousarray(array)"
             )
-        self._label = _LABELS.get(dtype)
-        if self._label is None and dtype.type.__module__ == "ml_dtypes":
+        label = _LABELS.get(dtype)
+        if label is None and dtype.type.__module__ == "ml_dtypes":
             raise BufferError(f"DLPack has no one-byte {dtype.name}; pass array.view(np.uint8)")
-        self._carrier = array if self._label is None else array.view(_CARRIERS[dtype.itemsize])
+        self._label = label
+        self._carrier = array if label is None else array.view(_CARRIERS[dtype.itemsize])
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return the host's (1, 0)."""

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -47,6 +48,8 @@ _CARRIERS = {
     "float8_e5m2fnuz": "uint8",
     "float8_e8m0fnu": "uint8",
 }
+# Filled at the first tensor. Not a functools.cache, at which torch.compile warns.
+_TORCH_DTYPES: dict[Any, tuple[Any, Any]] = {}
 _REMEDIES = {
     "b": "convert it with .astype(np.uint8)",
     "c": "multiply its real and imaginary parts separately",
@@ -83,8 +86,9 @@ def to_numpy(x: Any, argument: str) -> tuple[NDArray[Any], Origin]:
 def from_numpy(array: NDArray[Any], origin: Origin) -> Any:
     """Hand an array back in the framework and on the device of `origin`, sharing its memory.
 
-    torch knows neither read-only memory, foreign byte order nor negative strides: such an array
-    is copied for it. JAX arrays are committed to the device, and alias memory aligned to 64 bytes.
+    torch knows neither read-only nor unaligned memory, foreign byte order nor negative strides,
+    so it gets a copy of such an array. JAX arrays are committed to their device; JAX itself copies
+    what is not C-contiguous or does not begin on a multiple of 64 bytes.
     """
     if origin.framework == "numpy":
         return array
@@ -98,7 +102,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     dtype = np.dtype(dtype)
     memory = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
     # A third of the price of memory.ctypes.data.
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory.data))
     return np.ndarray(shape, dtype, memory, -address % ALIGNMENT)
 
 
@@ -106,95 +110,225 @@ def _refuse_dtype(dtype: np.dtype[Any], argument: str) -> NoReturn:
     remedy = _REMEDIES.get(dtype.kind, "convert it to numbers first")
     if dtype.type.__module__ == "ml_dtypes":
         remedy = _REMEDIES["c"]
-    raise TypeError(f"{argument}: dtype {dtype} does not hold real numbers of at most 64 bits; {remedy}")
+    raise TypeError(
+        f"{argument}: dtype {dtype} does not hold real numbers of at most 64 bits; {remedy}"
+    )
 
 
 def _from_any(x: Any, argument: str) -> NDArray[Any]:
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(
-                f"{argument}: a masked array has no values behind its mask; pass {argument}.filled(0)"
+                f"{argument}: a masked array has no values where it is masked; "
+                f"pass {argument}.filled(0)"
             )
         if isinstance(x, np.matrix):
             raise TypeError(
                 f"{argument}: np.matrix multiplies and slices by rules of its own; "
                 f"pass np.asarray({argument})"
             )
-    kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-    try:
-        # Asked of the type: the instances of torch.fx.Proxy and of mocks have every attribute.
-        if not isinstance(x, np.ndarray | np.generic) and hasattr(type(x), "__dlpack__"):
-            return from_dlpack(x)
         return np.asarray(x)
-    except BufferError as error:
-        raise BufferError(f"{argument}: {kind}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{argument}: {kind} did not turn into an array: {error}") from error
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise TypeError(f"{argument}: {kind} did not turn into an array: {error}") from error
+    # Asked of the type: instances of torch.fx.Proxy and of mocks have every attribute.
+    if hasattr(type(x), "__dlpack__"):
+        return _convert(from_dlpack, x, argument)
+    return _convert(np.asarray, x, argument)
 
 
-@functools.cache
-def _torch_dtypes() -> dict[Any, tuple[Any, Any]]:
+def _convert(how: Callable[[Any], NDArray[Any]], x: Any, argument: str) -> NDArray[Any]:
+    try:
+        return how(x)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        kinds = (BufferError, ValueError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), TypeError)
+        name = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+        raise kind(f"{argument}: {name} does not become a NumPy array: {error}") from error
+
+
+def _list_torch_dtypes(torch: Any) -> None:
     """Map a torch dtype to the carrier it is viewed as, and to the NumPy dtype of the values."""
-    torch: Any = sys.modules["torch"]
-    native = ("float16", "float32", "float64", "int8", "int16", "int32", "int64")
-    native += ("uint8", "uint16", "uint32", "uint64")
-    dtypes: dict[Any, tuple[Any, Any]] = {getattr(torch, name): (None, None) for name in native}
+    native = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+    _TORCH_DTYPES.update((getattr(torch, name), (None, None)) for name in native)
     for name, carrier in _CARRIERS.items():
         if hasattr(torch, name):
-            dtypes[getattr(torch, name)] = (getattr(torch, carrier), getattr(ml_dtypes, name))
+            known = getattr(torch, carrier), getattr(ml_dtypes, name)
+            _TORCH_DTYPES[getattr(torch, name)] = known
     if hasattr(torch, "float4_e2m1fn_x2"):
-        dtypes[torch.float4_e2m1fn_x2] = (torch.uint8, ml_dtypes.float4_e2m1fn)
-    return dtypes
+        _TORCH_DTYPES[torch.float4_e2m1fn_x2] = torch.uint8, ml_dtypes.float4_e2m1fn
 
 
 def _from_torch(x: Any, argument: str, torch: Any) -> NDArray[Any]:
-    _check_torch(x, argument, torch)
-    carrier, dtype = _torch_dtypes().get(x.dtype) or _refuse_torch_dtype(x, argument)
+    """View a tensor whose memory holds its values; refuse every other kind."""
+    if torch.compiler.is_compiling():
+        # dynamo would trace this very function; having seen it raise, it runs it on real tensors.
+        _refuse_tracing("torch.compile traces with tensors that have no memory", argument)
+    kind = type(x)
+    if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        _refuse_torch_subclass(kind.__name__, argument)
+    if not _TORCH_DTYPES:
+        _list_torch_dtypes(torch)
+    known = _TORCH_DTYPES.get(x.dtype)
+    if known is None:
+        _refuse_torch_dtype(x, argument, torch)
+    if x.is_nested or x.layout is not torch.strided:
+        _refuse_torch_layout(x, argument)
+    if not x.is_cpu:
+        _refuse_torch_device(x, argument)
+    if not _has_memory(x):
+        _refuse_tracing("a tensor transformed by torch.func has no memory of its own", argument)
+    if _is_tracing(torch):
+        _refuse_tracing("the result would become a constant of torch's trace", argument)
+    if x.is_neg():
+        raise ValueError(
+            f"{argument}: torch negates this tensor lazily and its memory lacks the minus sign; "
+            f"pass {argument}.resolve_neg()"
+        )
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(
+            f"{argument}: the tensor carries a forward-mode tangent, which lowbit would drop; pass "
+            f"torch.autograd.forward_ad.unpack_dual({argument}).primal"
+        )
     if x.requires_grad:
         if torch.is_grad_enabled():
             raise ValueError(
-                f"{argument}: the tensor requires grad, which lowbit does not compute; pass "
+                f"{argument}: the tensor requires grad, and lowbit records none; pass "
                 f"{argument}.detach(), or work under torch.no_grad() or torch.inference_mode()"
             )
         x = x.detach()
+    carrier, dtype = known
     if carrier is not None:
         x = x.view(carrier)
     # Not x.numpy(): it forbids for good to resize the caller's storage, which FSDP has to do.
     array: NDArray[Any] = np.from_dlpack(x)
+    if not array.flags.writeable:  # NumPy 2.0 or torch before 2.9: capsules without flags
+        array = x.numpy()
     if dtype is None:
         return array
     return unpack_float4(array) if dtype is ml_dtypes.float4_e2m1fn else array.view(dtype)
 
 
-def _check_torch(x: Any, argument: str, torch: Any) -> None:
-    """Refuse tensors whose memory, where they have any, does not hold their values."""
-    kind = type(x)
-    if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        _refuse_torch_subclass(kind.__name__, argument)
-    if x.layout is not torch.strided or x.is_nested:
-        name = "a nested tensor" if x.is_nested else f"a {x.layout} tensor"
-        raise TypeError(f"{argument}: {name} has no strided memory; make it dense with .to_dense()")
-    if not x.is_cpu:
-        raise BufferError(
-            f"{argument}: the torch tensor is on device {x.device}, lowbit reads host memory here; "
-            f"pass {argument}.cpu()" + " with data in it" * x.is_meta
+def _has_memory(x: Any) -> bool:
+    try:
+        return bool(x.data_ptr() or not x.numel())
+    except RuntimeError:  # batched and differentiated by torch.func
+        return False
+
+
+def _is_tracing(torch: Any) -> bool:
+    """Tell whether torch.jit.trace or make_fx records the operations on real tensors."""
+    proxies: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    mode = None if proxies is None else proxies.get_proxy_mode()
+    return mode is not None or bool(torch.jit.is_tracing())
+
+
+def _refuse_tracing(reason: str, argument: str) -> NoReturn:
+    raise TypeError(
+        f"{argument}: {reason}; call lowbit outside of the traced function, or inside of it "
+        "through the registered custom op"
+    )
+
+
+def _refuse_torch_subclass(name: str, argument: str) -> NoReturn:
+    if name in ("FakeTensor", "FunctionalTensor"):
+        _refuse_tracing(
+            f"a {name} stands for values while torch traces and has no memory", argument
         )
-    if _address(x) == 0 and x.numel():
-        _refuse_memoryless(f"the torch tensor under a transform of torch.func", argument)
-    if _is_torch_tracing(torch):
+    raise TypeError(
+        f"{argument}: {name} keeps its values by rules of its own, not in one strided memory; "
+        "pass a plain torch.Tensor of them (DTensor has .full_tensor(), a padded jagged tensor "
+        ".to_padded_tensor(0.0))"
+    )
+
+
+def _refuse_torch_dtype(x: Any, argument: str, torch: Any) -> NoReturn:
+    if x.is_quantized:
+        remedy = f"pass {argument}.dequantize() for the values or .int_repr() for the integers"
+    elif x.is_complex():
+        remedy = _REMEDIES["c"]
+    elif x.dtype == torch.bool:
+        remedy = f"convert it with {argument}.to(torch.uint8)"
+    else:
+        remedy = (
+            "torch exports it as whole bytes of unknown content; "
+            f"pass {argument}.view(torch.uint8) or view(torch.int8) if they hold one value each"
+        )
+    raise TypeError(f"{argument}: a tensor of {x.dtype} does not hold real numbers; {remedy}")
+
+
+def _refuse_torch_layout(x: Any, argument: str) -> NoReturn:
+    if x.is_nested:
         raise TypeError(
-            f"{argument}: torch is tracing, and the result would become a constant of the trace; "
-            "trace lowbit's registered custom op instead, or use torch.compile"
+            f"{argument}: a nested tensor has rows of many lengths; pass "
+            f"{argument}.to_padded_tensor(0.0)"
         )
-    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+    raise TypeError(f"{argument}: a tensor of layout {x.layout} is not dense; pass .to_dense()")
+
+
+def _refuse_torch_device(x: Any, argument: str) -> NoReturn:
+    if x.is_meta:
+        raise BufferError(
+            f"{argument}: a tensor on torch's meta device has a shape and no memory; load its "
+            "values onto the CPU first"
+        )
+    raise BufferError(
+        f"{argument}: the torch tensor is on {x.device}, where lowbit's CPU kernels cannot read "
+        f"it; pass {argument}.cpu()"
+    )
+
+
+def _to_torch(array: NDArray[Any]) -> Any:
+    torch: Any = sys.modules["torch"]
+    dtype = array.dtype
+    # Also of contiguous arrays: NumPy calls np.ones((1, 4))[::-1] contiguous.
+    strided = all(stride >= 0 and stride % dtype.itemsize == 0 for stride in array.strides)
+    if not (strided and array.flags.behaved and dtype.isnative):
+        array = _copy(array)
+    if dtype.type.__module__ != "ml_dtypes":
+        # Of NumPy's two 64-bit unsigned types torch takes one; both are called "<u8".
+        return torch.from_numpy(array.view(array.dtype.str) if dtype.kind == "u" else array)
+    if dtype.name not in _CARRIERS or not hasattr(torch, dtype.name):
+        raise TypeError(f"torch {torch.__version__} has no dtype for {dtype.name} results")
+    return torch.from_numpy(array.view(_CARRIERS[dtype.name])).view(getattr(torch, dtype.name))
+
+
+def _from_jax(x: Any, argument: str, jax: Any) -> tuple[NDArray[Any], Origin]:
+    if isinstance(x, jax.core.Tracer):
+        _refuse_tracing(
+            "a JAX tracer stands for values under jit, grad or vmap and has no memory", argument
+        )
+    try:
+        devices = x.devices()
+    except RuntimeError as error:
+        raise ValueError(f"{argument}: the JAX array was deleted or donated") from error
+    device = next(iter(devices))
+    if len(devices) > 1 or device.platform != "cpu":
+        raise BufferError(
+            f"{argument}: the JAX array is on {', '.join(sorted(map(str, devices)))}, lowbit's CPU "
+            f"kernels read one host memory; pass jax.device_put({argument}, jax.devices('cpu')[0])"
+        )
+    # Waits for the values, and shares the memory (packed 4-bit and smaller integers aside).
+    return _convert(np.asarray, x, argument), _jax_origin(str(device))
+
+
+@functools.cache
+def _jax_origin(device: str) -> Origin:
+    return Origin("jax", device)
+
+
+def _to_jax(array: NDArray[Any], device: str) -> Any:
+    jax: Any = sys.modules["jax"]
+    if not array.dtype.isnative:
+        array = _copy(array)
+    target = next(d for d in jax.local_devices(backend="cpu") if str(d) == device)
+    result = jax.device_put(array, target)
+    if result.dtype != array.dtype:
         raise ValueError(
-            f"{argument}: the tensor carries a forward-mode tangent, which would be lost; pass "
-            f"torch.autograd.forward_ad.unpack_dual({argument}).primal"
+            f"JAX holds a {array.dtype} result as {result.dtype} unless jax_enable_x64 is set; set "
+            f"it, or ask for out_dtype={result.dtype.name!r}"
         )
-    if x.is_neg() or x.is_conj():
-        raise ValueError(
-            f"{argument}: torch negates or conjugates this tensor lazily, and its memory has the "
-            f"values before; pass {argument}.resolve_neg().resolve_conj()"
-        )
+    return result
+
+
+def _copy(array: NDArray[Any]) -> NDArray[Any]:
+    copy = empty(array.shape, array.dtype.newbyteorder("="))
+    copy[...] = array
+    return copy
