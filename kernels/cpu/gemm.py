@@ -1,0 +1,266 @@
+"""Products with a quantized weight, compiled for one class of problems: `build`, then call.
+
+Order of arithmetic, the same for every tile, number of rows, thread and instruction set:
+
+    fma:   g = 0; for k ascending in the segment: g = fma(x, value(code) - zero, g)
+           sum = fma(w_scale, g, sum), with scales of x: sum = fma(x_scale, w_scale * g, sum)
+           with block biases, then: sum = fma(x_sum, bias, sum)
+    dot:   g = the exact integer, then as above with float(g)
+    out:   round(activation(fma(alpha, sum, bias[n])) + residual), without a bias alpha * sum
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit.formats.declare import Element
+from lowbit.kernels.cpu import native, pool, program
+from lowbit.kernels.cpu.decode import consecutive
+from lowbit.kernels.cpu.isa import Isa
+from lowbit.kernels.cpu.program import HEAD, Arguments, PackArguments
+from lowbit.kernels.cpu.spec import INTEGERS, Spec
+from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, stored_offset
+from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS, codes_per_word, word_bits, word_columns
+
+Array = npt.NDArray[Any]
+
+_TALLEST = 120  # rows of a tile, a multiple of all micro-kernels' heights
+_BLOCK = struct.Struct(program.FORMAT)
+_PACK_BLOCK = struct.Struct(f"<{len(PackArguments._fields)}q")
+
+
+def refuse(spec: Spec, *, segment: int, k: int) -> str | None:
+    """Why this product cannot be compiled, in words; None if it can."""
+    element, step = spec.element, codes_per_word(spec.element)
+    if segment < k and segment % step:
+        return (
+            f"scales must change at multiples of {step} columns for {element.name}, "
+            f"they change every {segment}"
+        )
+    if not math.isfinite(element.values[0]):
+        return f"{element.name} has no finite value at code 0, which pads its rows"
+    if spec.inner == "dot":
+        found = consecutive(element)
+        if found is None or found[1] != 1:
+            return f"{element.name} is not a plain integer element"
+        if spec.zero is not None and spec.zero not in INTEGERS:
+            return f"zero points of {spec.zero} are not whole numbers"
+        if spec.biases:
+            return "block biases need float32 sums"
+    return None
+
+
+def longest_segment(x: Element, w: Element, zero: str | None = None) -> int:
+    """Columns whose sum of x * (w - zero) surely fits in int32."""
+    low, high = w.min, w.max
+    if zero is not None:
+        least, most = (-128, 127) if zero == "int8" else (0, 255)
+        low, high = low - most, high - least
+    largest = int(max(abs(low), abs(high)) * max(abs(x.min), abs(x.max)))
+    return (2**31 - 1) // max(largest, 1)
+
+
+class Arranged(NamedTuple):
+    """An integer x as `dot` kernels read it."""
+
+    x: Array
+    """[..., m, word_columns], in the order and width of the instruction set."""
+    sums: Array
+    """int32 [..., m, segments]."""
+
+
+def arrange(codes: Array, element: Element, isa: Isa, segment: int) -> Arranged:
+    """Order int8 [..., m, k] the way the codes of w, `element`, come out of their words.
+
+    A lane has `parts` operands side by side; part j of word w after p shifts is code
+    j * (codes / parts) + p of the word.
+    """
+    k = codes.shape[-1]
+    per_word, parts = codes_per_word(element), DOTS[isa.dot].parts
+    width = word_columns(element, k)
+    padded = np.zeros((*codes.shape[:-1], width), DOTS[isa.dot].x_type)
+    padded[..., :k] = codes
+    if k:
+        sums = np.add.reduceat(codes, np.arange(0, k, segment), axis=-1, dtype=np.int32)
+    else:
+        sums = np.zeros((*codes.shape[:-1], 0), np.int32)
+    words = padded.reshape(*codes.shape[:-1], -1, parts, per_word // parts)
+    ordered = np.ascontiguousarray(words.swapaxes(-1, -2)).reshape(padded.shape)
+    return Arranged(ordered, sums)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A compiled class of products. Calling it computes one; it may be called concurrently."""
+
+    spec: Spec
+    isa: Isa
+    entry: int
+
+    def __call__(
+        self,
+        *,
+        m: int,
+        n: int,
+        k: int,
+        segment: int,
+        x: int,
+        x_stride: int,
+        codes: int,
+        codes_stride: int,
+        scales: int,
+        scales_stride: int,
+        block_rows: int,
+        block_segments: int,
+        out: int,
+        out_stride: int,
+        zeros: int = 0,
+        biases: int = 0,
+        x_scales: int = 0,
+        x_scales_stride: int = 0,
+        x_block_segments: int = 1,
+        x_sums: int = 0,
+        x_sums_stride: int = 0,
+        alpha: float = 1.0,
+        bias: int = 0,
+        residual: int = 0,
+        residual_stride: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        """Compute out[m, n]. Arrays are given by address; strides count elements.
+
+        Parameters
+        ----------
+        m, n, k : int
+            Any number, 0 included.
+        segment : int
+            Columns between any two changes of a scale; see `refuse`.
+        x, x_stride : int
+            float32 [m, word_columns(element, k)], zeros from column k on; for "dot" what
+            `arrange` gives.
+        codes, codes_stride : int
+            Of w. The stride is in bytes; words16 ignores it.
+        scales, scales_stride, block_rows, block_segments : int
+            One scale for `block_rows` rows of w and `block_segments` segments (a whole axis: any
+            number not below its length). The stride serves zeros and biases too; panels16
+            ignores it and the rows.
+        out, out_stride : int
+            Result, contiguous along n.
+        zeros, biases : int
+            As many as scales.
+        x_scales, x_scales_stride, x_block_segments : int
+            float32 [m, blocks] of x, one for so many segments.
+        x_sums, x_sums_stride : int
+            [m, segments]: int32 sums of the codes of x ("dot"), float32 sums of x (biases).
+        alpha : float
+            Rounded to float32.
+        bias : int
+            float32 [n], or 0.
+        residual, residual_stride : int
+            [m, n] of the dtype `spec.residual`.
+        threads : int, optional
+            Most threads to use.
+        """
+        if m <= 0 or n <= 0:
+            return
+        spec = self.spec
+        bits = word_bits(spec.element)
+        words = -(-k * bits // 32)
+        piece = max(1, -(-min(segment, k) * bits // 32))
+        stretch = _stretch(spec, words, piece)
+        tall = -(-m // -(-m // _tile_rows(self.isa, k)))
+        columns = -(-n // (GROUP * PANEL))
+        # Sums, carried sums, the packed blocks of a stretch, its codes, expanded lines, work.
+        sums = tall * ROW
+        carry_at = HEAD + sums
+        scales_at = carry_at + (sums if piece > stretch or stretch % piece else 0)
+        block = (min(-(-stretch // piece) + 1, -(-words // piece)) if words else 0) * ROW
+        zeros_at = scales_at + block
+        biases_at = zeros_at + (block if spec.zero is not None else 0)
+        codes_at = biases_at + (block if spec.biases else 0)
+        lines_at = codes_at + (stretch * ROW if spec.layout == "rows" else 0)
+        expanded = 0 if spec.element.bits in WIDTHS else (stretch + 1) * VECTOR
+        work_at = lines_at + expanded
+        scratch = work_at + (block if spec.scale_layout == "rows" else 0)
+        argument = _BLOCK.pack(
+            m, n, words, piece, stretch, tall, columns,
+            x, x_stride * self._x_size,
+            codes, codes_stride, -(-k * spec.element.bits // 8),
+            scales, zeros, biases, scales_stride, block_rows, block_segments,
+            x_scales, x_scales_stride, x_block_segments, x_sums, x_sums_stride,
+            bias, residual, residual_stride, out, out_stride,
+            carry_at, scales_at, zeros_at, biases_at, codes_at, lines_at, work_at,
+            alpha,
+        )  # fmt: skip
+        held = ctypes.create_string_buffer(argument, _BLOCK.size)
+        pool.run(self.entry, ctypes.addressof(held), columns * -(-m // tall), scratch, threads)
+
+    @property
+    def _x_size(self) -> int:
+        return DOTS[self.isa.dot].x_size if self.spec.inner == "dot" else 4
+
+
+def _stretch(spec: Spec, words: int, piece: int) -> int:
+    """Words of k that a tile works on at a time: what it packs should stay in the nearest cache."""
+    most = 256 if spec.layout == "rows" else min(4096, 256 * piece)
+    whole = most // piece * piece or most
+    return max(2, min(whole + whole % 2, words + words % 2))
+
+
+def _tile_rows(isa: Isa, k: int) -> int:
+    """Rows of a tile: a multiple of 12 where a tile stays below a hundredth of a second."""
+    products = 2**21 * isa.lanes
+    return max(12, min(_TALLEST, products // (64 * max(k, 1)) // 12 * 12))
+
+
+@lru_cache(maxsize=1024)
+def build(spec: Spec, isa: Isa) -> Gemm:
+    """Compile, or take from the object cache. Hold on to the result: a look-up hashes the spec."""
+    reason = refuse(spec, segment=32, k=32)
+    if reason is not None:
+        raise ValueError(f"gemm: {reason}")
+    return Gemm(spec, isa, native.load(program.text(spec, isa), isa).address("tile"))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Canonical rows of codes to words16, compiled."""
+
+    entry: int
+
+    def __call__(self, *, codes: int, stride: int, n: int, size: int, out: int) -> None:
+        """`size` bytes of each of `n` rows, `stride` bytes apart, to uint32 [panels, words, 16]."""
+        argument = _PACK_BLOCK.pack(codes, stride, n, size, out)
+        held = ctypes.create_string_buffer(argument, _PACK_BLOCK.size)
+        pool.run(self.entry, ctypes.addressof(held), -(-n // PANEL), 8 * PANEL)
+
+
+@lru_cache(maxsize=16)
+def build_pack(isa: Isa) -> Pack:
+    """Compile the packing of weights, or take it from the object cache."""
+    return Pack(native.load(program.pack_text(isa), isa).address("tile"))
+
+
+__all__ = [
+    "Arguments",
+    "Arranged",
+    "Gemm",
+    "Pack",
+    "Spec",
+    "arrange",
+    "build",
+    "build_pack",
+    "codes_per_word",
+    "longest_segment",
+    "refuse",
+    "stored_offset",
+    "word_columns",
+]
