@@ -63,6 +63,17 @@ def test_every_declaration_is_light():
     assert loaded <= LIGHT
 
 
+def test_a_product_loads_the_code_generator_and_no_more():
+    """numba takes half a second, and a framework is never imported on its user's behalf."""
+    loaded = loaded_by(
+        "import numpy, lowbit\n"
+        "x = numpy.ones((3, 64), numpy.float32)\n"
+        "for each in 'int4_g32', 'nf4_g64', 'int8_row', 'mxfp4':\n"
+        "    lowbit.matmul(x, lowbit.quantize(x, each).T)"
+    )
+    assert loaded <= LIGHT | {"llvmlite", "platformdirs"}
+
+
 def test_light_is_a_promise_that_can_break():
     assert not loaded_by("import lowbit, platformdirs") <= LIGHT
 

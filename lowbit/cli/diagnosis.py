@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.metadata
 import math
 import os
@@ -144,7 +145,8 @@ def _threads() -> Iterator[Finding]:
             f"threads beyond the processors only wait for each other: LOWBIT_NUM_THREADS={best}"
         )
     yield Finding("threads", value, remedy)
-    yield Finding("pool", pool.describe())
+    if not pool.SUPPORTED:
+        yield Finding("pool", pool.describe(), "products run on one thread here")
 
 
 def _cache() -> Iterator[Finding]:
@@ -214,8 +216,7 @@ def _gpu() -> Iterator[Finding]:
 
 def _devices(value: str, extra: str) -> Finding:
     try:
-        import cupy
-
+        cupy: Any = importlib.import_module("cupy")
         names = []
         for number in range(cupy.cuda.runtime.getDeviceCount()):
             name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
