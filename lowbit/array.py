@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,27 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Array = npt.NDArray[Any]
+
+
+class Content:
+    """What all transposed views of one array share; a traced graph names it by its key."""
+
+    __slots__ = ("__weakref__", "columns", "divisor", "dtype", "key", "parts")
+
+    def __init__(
+        self,
+        parts: Packed | Words16,
+        dtype: np.dtype[Any],
+        columns: Array | None,
+        divisor: Array | None,
+    ) -> None:
+        self.parts, self.dtype, self.columns, self.divisor = parts, dtype, columns, divisor
+        self.key = next(_keys)
+        contents[self.key] = self
+
+
+_keys = itertools.count(1)
+contents: weakref.WeakValueDictionary[int, Content] = weakref.WeakValueDictionary()
 
 
 class QArray:
@@ -38,6 +61,7 @@ class QArray:
     __slots__ = (
         "__weakref__",
         "_columns",
+        "_content",
         "_divisor",
         "_dtype",
         "_parts",
@@ -54,6 +78,7 @@ class QArray:
     _dtype: np.dtype[Any]
     _columns: Array | None
     _divisor: Array | None
+    _content: Content
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("QArray is made by lowbit.quantize, lowbit.from_parts or a checkpoint")
@@ -68,11 +93,13 @@ class QArray:
         vector: bool = False,
         columns: Array | None = None,
         divisor: Array | None = None,
+        content: Content | None = None,
     ) -> QArray:
         self = object.__new__(cls)
         self._parts, self._dtype = parts, dtype
         self._transposed, self._vector = transposed, vector
         self._columns, self._divisor = columns, divisor
+        self._content = Content(parts, dtype, columns, divisor) if content is None else content
         return self
 
     def _with(self, parts: Packed | Words16 | None = None, **changes: Any) -> QArray:
@@ -86,6 +113,18 @@ class QArray:
         dtype = changes.pop("dtype", self._dtype)
         return QArray._of(
             self._parts if parts is None else parts, dtype, **{**fields, **changes}
+        )
+
+    def _view(self, *, transposed: bool, vector: bool = False) -> QArray:
+        """The same content seen as another matrix."""
+        return QArray._of(
+            self._parts,
+            self._dtype,
+            transposed=transposed,
+            vector=vector,
+            columns=self._columns,
+            divisor=self._divisor,
+            content=self._content,
         )
 
     # What it is
@@ -264,14 +303,14 @@ class QArray:
             raise ValueError(
                 f"T: the array has {self.ndim} axes; .mT swaps the last two, .transpose(axes) more"
             )
-        return self if self._vector else self._with(transposed=not self._transposed)
+        return self if self._vector else self._view(transposed=not self._transposed)
 
     @property
     def mT(self) -> QArray:
         """Swap the last two axes, without copying."""
         if self._vector:
             raise ValueError("mT: the array has one axis, two are needed")
-        return self._with(transposed=not self._transposed)
+        return self._view(transposed=not self._transposed)
 
     def transpose(self, *axes: Any) -> QArray:
         """Permute axes; the last two stay the last two, in either order."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import checks, interop, kernels
+from lowbit import checks, interop, kernels, tracing
 from lowbit.array import QArray
 from lowbit.formats import Format, reference
 from lowbit.formats.reference import Packed
@@ -103,6 +103,12 @@ def matmul(
     >>> lb.matmul(np.arange(32, dtype=np.float32)[None], w.T, alpha=2, bias=np.ones(3))
     array([[1., 3., 5.]], dtype=float32)
     """
+    if tracing.active(x) or tracing.active(w):
+        return tracing.matmul(
+            x, w, alpha=alpha, bias=bias, activation=activation, residual=residual,
+            x_format=x_format, x_scale=x_scale, out=out, out_dtype=out_dtype,
+            batch_invariant=batch_invariant, kernel=kernel,
+        )
     left, right, origin = _operands(x, w)
     options = PLAIN
     if activation is not None or out_dtype is not None or batch_invariant or kernel is not None:
@@ -236,10 +242,10 @@ def _product(
     dtype = options.out_dtype or promoted(left.dtype, right.dtype)
     drop_rows, drop_columns = left.ndim == 1, right.ndim == 1
     if drop_rows:
-        left = left._with(vector=False) if isinstance(left, QArray) else left[None]
+        left = left._view(transposed=False) if isinstance(left, QArray) else left[None]
     if drop_columns:
         if isinstance(right, QArray):
-            right = right._with(vector=False, transposed=True)
+            right = right._view(transposed=True)
         else:
             right = right[:, None]
     if left.shape[-1] != right.shape[-2]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from lowbit import arithmetic, einsums, shaping
+from lowbit import arithmetic, einsums, shaping, tracing
 from lowbit.array import QArray
 from lowbit.products import linear, matmul
 
@@ -99,6 +100,9 @@ def array_function(func: Any, args: Any, kwargs: Any) -> Any:
 def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
     """PyTorch's functions, told apart by name since torch is not imported here."""
     name = getattr(func, "__name__", "")
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling() and func is torch.Tensor.matmul:
+        args = tracing.ordered(*args)
     if name in ("matmul", "mm", "bmm", "__matmul__", "dot", "mv"):
         return matmul(*args, **_renamed(kwargs))
     if name == "__rmatmul__":
