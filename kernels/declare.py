@@ -105,9 +105,11 @@ class Roundings:
     accumulator: str
     """float32 or float64."""
     count: int
-    """Roundings on the way of one product x[k] * w[k] into the sum, scales included."""
+    """Roundings on the way of one product x[k] * w[k] into alpha * sum + bias, scales included."""
     note: str = ""
     """The order of the sum, in words."""
+    activation: tuple[float, float] = (0.0, 0.0)
+    """Relative and absolute error of the activation function, beside that of its argument."""
 
 
 @dataclass(frozen=True)

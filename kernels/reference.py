@@ -11,7 +11,11 @@ from lowbit.formats import reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
 
-_erf = np.frompyfunc(math.erf, 1, 1)
+_erfc = np.frompyfunc(math.erfc, 1, 1)
+
+# (relative, absolute). The argument of erfc or exp has a few roundings of float64, and a relative
+# error of it counts 745 times before the result underflows.
+ACTIVATION_ERROR = (2.0**-40, 2.0**-1000)
 
 
 def activate(name: str | None, v: Array) -> Array:
@@ -28,10 +32,12 @@ def activate(name: str | None, v: Array) -> Array:
         if name == "silu":
             return np.where(np.isneginf(v), -0.0, v / (1 + np.exp(-v)))
         if name == "gelu":
-            return np.where(np.isneginf(v), -0.0, v / 2 * (1 + _erf(v / math.sqrt(2)).astype(float)))
+            tail = _erfc(-v / math.sqrt(2)).astype(float)  # 1 + erf would cancel below -1
+            return np.where(np.isneginf(v), -0.0, v / 2 * tail)
         if name == "gelu_tanh":
             inner = math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)
-            return np.where(np.isneginf(v), -0.0, v / 2 * (1 + np.tanh(inner)))
+            # 1 + tanh(t) = 2 / (1 + exp(-2 t)), without its cancellation below 0
+            return np.where(np.isneginf(v), -0.0, v / (1 + np.exp(-2 * inner)))
     raise ValueError(f"activation: {name!r} is not known")
 
 
@@ -70,6 +76,9 @@ KERNELS = (
         accepts=lambda p: None,
         cost=lambda p: 20e-6 + 1e-9 * p.m * p.n * p.k + 20e-9 * p.n * p.k,
         build=_build,
-        roundings=lambda p: Roundings("float64", p.k + 3, "float64 sum of k, one final rounding"),
+        # Up to four roundings make each operand's value; then product, sums, alpha and bias.
+        roundings=lambda p: Roundings(
+            "float64", p.k + 12, "float64 sum of k, one final rounding", ACTIVATION_ERROR
+        ),
     ),
 )

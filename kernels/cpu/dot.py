@@ -6,6 +6,7 @@ from typing import Any
 
 from lowbit.formats import Format, codes, reference
 from lowbit.kernels.cpu import gemm, operands
+from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
 
 
@@ -26,6 +27,23 @@ def _spec(p: Problem) -> gemm.Spec:
     )
 
 
+def _segment(p: Problem) -> int | None:
+    """Columns whose sum stays in int32 and meets one pair of scales; None where none fit.
+
+    Longer runs between two changes of a scale are split evenly.
+    """
+    assert isinstance(p.x, Format)
+    segment = operands.segment_of(p)
+    longest = gemm.longest_segment(p.x.element, p.w.element, operands.zero_kind(p.w))
+    if segment <= longest:
+        return segment
+    step = gemm.codes_per_word(p.w.element)
+    if segment == p.k:
+        return longest // step * step
+    fitting = (segment // parts for parts in range(2, segment // step + 1) if segment % parts == 0)
+    return next((s for s in fitting if s <= longest and s % step == 0), None)
+
+
 def _accepts(p: Problem) -> str | None:
     if isinstance(p.x, str):
         return f"wants integer codes on both sides, x is {p.x}"
@@ -36,10 +54,9 @@ def _accepts(p: Problem) -> str | None:
     refusal = operands.refuse_common(p)
     if refusal is not None:
         return refusal
-    segment = operands.segment_of(p)
-    longest = gemm.longest_segment(p.x.element, p.w.element, operands.zero_kind(p.w))
-    if segment > longest:
-        return f"sums of {segment} products could overflow int32, {longest} cannot"
+    segment = _segment(p)
+    if segment is None:
+        return f"sums of {operands.segment_of(p)} products could overflow int32 and do not split"
     return gemm.refuse(_spec(p), segment=segment, k=p.k)
 
 
@@ -53,8 +70,9 @@ def _cost(p: Problem) -> float:
 def _build(p: Problem) -> Run:
     spec, isa = _spec(p), operands.isa_of(p)
     call = gemm.build(spec, isa)
-    segment = operands.segment_of(p)
+    segment = _segment(p)
     assert isinstance(p.x, Format)
+    assert segment is not None
     x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
     m, n, k = p.m, p.n, p.k
 
@@ -62,10 +80,16 @@ def _build(p: Problem) -> Run:
         arranged = gemm.arrange(_int8(x), spec.element, isa, segment)
         scales = operands.x_blocks(x)
         call(
-            m=m, n=n, k=k, segment=segment,
-            x=operands.address(arranged.x), x_stride=arranged.x.shape[-1],
-            x_sums=operands.address(arranged.sums), x_sums_stride=arranged.sums.shape[-1],
-            x_scales=operands.address(scales), x_scales_stride=scales.shape[1],
+            m=m,
+            n=n,
+            k=k,
+            segment=segment,
+            x=operands.address(arranged.x),
+            x_stride=arranged.x.shape[-1],
+            x_sums=operands.address(arranged.sums),
+            x_sums_stride=arranged.sums.shape[-1],
+            x_scales=operands.address(scales),
+            x_scales_stride=scales.shape[1],
             x_block_segments=x_blocks,
             **operands.weight_arguments(w, segment),
             **operands.output_arguments(epilogue, out, operands.second_level(x, w)),
@@ -82,11 +106,14 @@ def _int8(x: reference.Packed) -> Array:
 
 
 def _roundings(p: Problem) -> Roundings:
-    segments = -(-p.k // operands.segment_of(p))
-    # int32 to float32, w's scale, x's scale within the fma, one fma a segment, alpha and
-    # second-level scales.
+    segment = _segment(p)
+    assert segment is not None
+    # int32 to float32, w_scale * that, one fma each segment.
     return Roundings(
-        "float32", segments + 6, "exact integer sums, then segments ascending by fma"
+        "float32",
+        2 + -(-p.k // segment) + operands.FINAL_ROUNDINGS,
+        "exact integer sums, then segments ascending by fma",
+        ACTIVATION_ERROR[p.activation],
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from lowbit.formats import Format
 from lowbit.kernels.cpu import gemm, operands
+from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
 
 
@@ -32,9 +33,7 @@ def _spec(p: Problem) -> gemm.Spec:
 def _accepts(p: Problem) -> str | None:
     if isinstance(p.x, Format) and p.x.bias:
         return f"reads x without block biases, {p.x.name} has them"
-    return operands.refuse_common(p) or gemm.refuse(
-        _spec(p), segment=operands.segment_of(p), k=p.k
-    )
+    return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
 
 
 def _cost(p: Problem) -> float:
@@ -64,32 +63,46 @@ def _build(p: Problem) -> Run:
         else:
             rows = operands.padded(x, width)
         if w.biases is not None:
-            sums = _sums(rows, segment)
+            sums = _sums(rows, segment, np.repeat(scales, x_blocks, axis=1) if quantized else None)
             arguments["x_sums"] = operands.address(sums)
             arguments["x_sums_stride"] = sums.shape[1]
         arguments |= operands.output_arguments(epilogue, out, operands.second_level(x, w))
         call(
-            m=m, n=n, k=k, segment=segment,
-            x=operands.address(rows), x_stride=rows.strides[0] // 4,
+            m=m,
+            n=n,
+            k=k,
+            segment=segment,
+            x=operands.address(rows),
+            x_stride=rows.strides[0] // 4,
             **arguments,
         )
 
     return run
 
 
-def _sums(rows: Array, segment: int) -> Array:
-    """float32 sums of x over each segment, added up in float64."""
+def _sums(rows: Array, segment: int, scales: Array | None) -> Array:
+    """float32 sums of x over each segment, added up and scaled in float64."""
     starts = np.arange(0, rows.shape[1], segment)
-    return np.add.reduceat(rows.astype(np.float64), starts, axis=1).astype(np.float32)
+    sums = np.add.reduceat(rows.astype(np.float64), starts, axis=1)
+    if scales is not None:
+        sums *= scales[:, : sums.shape[1]]
+    return sums.astype(np.float32)
 
 
 def _roundings(p: Problem) -> Roundings:
     segment = operands.segment_of(p)
     segments = -(-p.k // segment)
-    # fma over the segment, fma of the scale over the segments, x's scale, alpha, tensor scales.
-    extra = (p.w.zero is not None) + 2 * isinstance(p.x, Format) + 3 + 2 * p.w.bias
+    # One fma each column of a segment, then one each segment; a block bias takes another one.
+    count = segment + segments * (1 + p.w.bias)
+    # Float zero points, w_scale * g, and x_sum, which stands for x times the block bias.
+    count += isinstance(p.w.zero, str) + p.w.bias
+    if isinstance(p.x, Format):
+        count += 1 + isinstance(p.x.zero, str)
     return Roundings(
-        "float32", segment + segments + extra, "k ascending by fma, then segments ascending by fma"
+        "float32",
+        count + operands.FINAL_ROUNDINGS,
+        "k ascending by fma, then segments ascending by fma",
+        ACTIVATION_ERROR[p.activation],
     )
 
 

@@ -15,6 +15,9 @@ from lowbit.kernels.declare import Array, Epilogue, Problem
 from lowbit.kernels.words16 import Words16
 
 FLOAT32 = np.dtype(np.float32)
+# alpha * tensor scales is a product of float64 rounded once, the bias is rounded to float32, and
+# one fma joins the three.
+FINAL_ROUNDINGS = 3
 
 
 def isa_of(problem: Problem) -> Isa:
@@ -98,7 +101,12 @@ def contiguous_parts(w: Packed | Words16) -> Packed | Words16:
     dense = [None if p is None else np.ascontiguousarray(p) for p in parts]
     assert dense[0] is not None
     return Packed(
-        w.format, w.shape, np.ascontiguousarray(w.codes), dense[0], dense[1], dense[2],
+        w.format,
+        w.shape,
+        np.ascontiguousarray(w.codes),
+        dense[0],
+        dense[1],
+        dense[2],
         w.tensor_scale,
     )
 
@@ -106,9 +114,7 @@ def contiguous_parts(w: Packed | Words16) -> Packed | Words16:
 def x_blocks(x: Packed) -> Array:
     """float32 (M, blocks): the scales of x, one row of them for each row."""
     scales = scaling.decode_scales(x.format, x.scales)
-    spread = reference.spread(
-        scales, (x.format.scale.block[0], 1), (x.shape[-2], scales.shape[-1])
-    )
+    spread = reference.spread(scales, (x.format.scale.block[0], 1), (x.shape[-2], scales.shape[-1]))
     return np.ascontiguousarray(spread, FLOAT32)
 
 
