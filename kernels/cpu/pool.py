@@ -269,8 +269,9 @@ def _quotas(membership: Path, root: Path) -> Iterator[float]:
     except OSError:
         return
     for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        _, _, rest = line.partition(":")
+        controllers, colon, group = rest.partition(":")
+        if not colon or (controllers and "cpu" not in controllers.split(",")):
             continue
         # A container sees its own group at the root, under whatever name the host gave it.
         base = root / "cpu" if controllers else root
