@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -76,9 +78,14 @@ def load_again(monkeypatch, record):
     """Load as another process would; give the answer and the number of compilations."""
     compiled = []
     optimised = native._optimised
+
+    def counted(ir, record):
+        compiled.append(ir)
+        return optimised(ir, record)
+
     with monkeypatch.context() as patch:
         patch.setattr(native, "_loaded", {})
-        patch.setattr(native, "_optimised", lambda *x: compiled.append(x) or optimised(*x))
+        patch.setattr(native, "_optimised", counted)
         answer = triple(native.load(TRIPLE, record))
     return answer, len(compiled)
 
@@ -252,7 +259,7 @@ def test_without_a_writable_folder_everything_stays_in_memory(folder, monkeypatc
     assert place is None
     assert "cannot be made" in why
     # A folder that is there and takes no files; mode bits would not stop root.
-    monkeypatch.setattr(native.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
     monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path / "full"))
     assert load_again(monkeypatch, isa.host()) == (42, 1)
     assert list((tmp_path / "full").iterdir()) == []
@@ -369,7 +376,7 @@ HASWELL = "fpu avx avx2 bmi1 bmi2 f16c fma abm movbe"
     ],
 )
 def test_records_are_chosen_by_what_a_machine_has(monkeypatch, machine, flags, names):
-    monkeypatch.setattr(isa.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(isa, "_flags", lambda: frozenset(flags.split()))
     assert [record.name for record in isa.runnable.__wrapped__()] == names
 

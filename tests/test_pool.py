@@ -85,6 +85,15 @@ define void @subnormal(ptr %argument, i64 %tile, ptr %scratch) {
 TILE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
 
 
+def pointer(callback):
+    return ctypes.cast(callback, ctypes.c_void_p).value or 0
+
+
+def crew():
+    assert pool._crew is not None
+    return pool._crew
+
+
 def address(name):
     return native.load(TILES, isa.host()).address(name)
 
@@ -149,7 +158,7 @@ def test_the_gate_is_shut_after_every_job():
     """Of 7 seats some stay empty; one left over would let a worker into the next job's fields."""
     for _ in range(100):
         run("count", job(8)[0], threads=8)
-        gate = ctypes.c_uint64.from_address(pool._crew.state).value
+        gate = ctypes.c_uint64.from_address(crew().state).value
         assert gate & 0xFFFF7FFF == 0, "no seats and nobody inside"
 
 
@@ -210,7 +219,7 @@ def test_a_tile_may_run_a_job_of_its_own(threads):
         if mine.value != tile:
             inner[tile][1][:] = 1
 
-    pool.run(ctypes.cast(outer, ctypes.c_void_p).value, 0, 12, scratch=256, threads=threads)
+    pool.run(pointer(outer), 0, 12, scratch=256, threads=threads)
     for _, results in inner:
         assert (results % 64 == 0).all(), "0: not run; 1: nested jobs share scratch"
         assert results.all()
@@ -246,7 +255,7 @@ may_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarnin
 @may_fork
 def test_a_forked_child_has_its_own_pool():
     assert answer()
-    assert forked(lambda: 0 if answer() and pool._crew.workers == 2 else 1) == 0
+    assert forked(lambda: 0 if answer() and crew().workers == 2 else 1) == 0
     assert forked(lambda: forked(lambda: 0 if answer() else 1)) == 0
     assert answer()
 
@@ -288,11 +297,11 @@ def test_a_fork_while_workers_are_being_hired_gives_a_working_child():
 @may_fork
 def test_a_fork_inside_a_tile_is_an_error_in_the_child_and_nothing_in_the_parent():
     parent = os.getpid()
-    outcome = []
+    outcome: list[int] = []
 
     def body():
         try:
-            pool.run(ctypes.cast(tile, ctypes.c_void_p).value, 0, 2, threads=2)
+            pool.run(pointer(tile), 0, 2, threads=2)
         except RuntimeError as error:
             os._exit(0 if "forked inside a tile" in str(error) and answer() else 3)
         if os.getpid() != parent:
@@ -567,7 +576,7 @@ def test_a_quota_limits_the_processors(monkeypatch, granted, threads):
     monkeypatch.delenv("LOWBIT_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(pool, "_quotas", lambda *_: iter(granted))
-    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert pool._find_num_threads() == threads
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def get_num_threads() -> int:
     return _threads
 
 
-def set_num_threads(n: int | None) -> None:
+def set_num_threads(n: SupportsIndex | None) -> None:
     """Let jobs use n threads; None finds the number out again.
 
     Automatic is LOWBIT_NUM_THREADS, else OMP_NUM_THREADS, else the processors that this process
