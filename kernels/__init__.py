@@ -7,9 +7,20 @@ from functools import cache, lru_cache
 from importlib import import_module
 from pkgutil import walk_packages
 
-from lowbit.kernels.declare import Epilogue, Kernel, Problem, Roundings, Run, Verdict
+from lowbit.kernels.declare import Bind, Epilogue, Kernel, Problem, Roundings, Run, Verdict
 
-__all__ = ["Epilogue", "Kernel", "Problem", "Roundings", "Run", "Verdict", "choose", "judge", "prepared"]
+__all__ = [
+    "Bind",
+    "Epilogue",
+    "Kernel",
+    "Problem",
+    "Roundings",
+    "Run",
+    "Verdict",
+    "choose",
+    "judge",
+    "prepared",
+]
 
 
 @cache
@@ -58,6 +69,6 @@ def choose(problem: Problem, name: str | None = None) -> Verdict:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, name: str | None = None) -> Run:
+def prepared(problem: Problem, name: str | None = None) -> Bind:
     """The chosen kernel, built: what a repeated call runs at once."""
     return choose(problem, name).kernel.build(problem)

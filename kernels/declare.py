@@ -72,8 +72,11 @@ class Epilogue:
     """(M, N) of the result's dtype or float32."""
 
 
-Run = Callable[[Any, Any, Epilogue, Array], None]
-"""run(x, w, epilogue, out): x an ndarray (M, K) or its parts, w parts, out (M, N)."""
+Run = Callable[[Any, Epilogue, Array], None]
+"""run(x, epilogue, out): x an ndarray (M, K) or its parts, out (M, N)."""
+
+Bind = Callable[[Any], Run]
+"""bind(w): whatever follows from the weight's parts alone, done once."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Kernel:
     """None is yes; a string is the reason for no."""
     cost: Callable[[Problem], float]
     """Seconds, estimated."""
-    build: Callable[[Problem], Run]
+    build: Callable[[Problem], Bind]
     roundings: Callable[[Problem], Roundings]
     """The arithmetic that the published error bound is derived from."""
     layouts: tuple[str, ...] = ("rows",)

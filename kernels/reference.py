@@ -9,7 +9,7 @@ import numpy as np
 
 from lowbit.formats import reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
+from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
@@ -58,15 +58,18 @@ def _values(operand: Any, along: bool) -> Array:
     return np.asarray(operand, np.float64)
 
 
-def _build(problem: Problem) -> Run:
+def _build(problem: Problem) -> Bind:
     x_along, w_along = problem.x_along, problem.w_along
 
-    def run(x: Any, w: Packed, epilogue: Epilogue, out: Array) -> None:
-        with np.errstate(all="ignore"):
-            product = reference.matmul(_values(x, x_along), _values(w, w_along).T)
-            out[...] = finish(product, epilogue)
+    def bind(w: Packed) -> Run:
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            with np.errstate(all="ignore"):
+                product = reference.matmul(_values(x, x_along), _values(w, w_along).T)
+                out[...] = finish(product, epilogue)
 
-    return run
+        return run
+
+    return bind
 
 
 KERNELS = (

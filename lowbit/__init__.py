@@ -6,6 +6,7 @@
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  (names bfloat16 and the 8-bit floats to NumPy)
@@ -63,7 +64,8 @@ def __getattr__(name: str) -> Any:
     elif name == "testing":
         value = import_module("lowbit.testing")
     else:
-        # `from lowbit import interop` asks here too, before it looks for the submodule.
+        if find_spec(f"lowbit.{name}"):  # `from lowbit import checks` asks here first
+            raise AttributeError(name)
         if name not in import_module("lowbit.formats").declared():
             raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
         value = import_module("lowbit.quantizing").constructor(name)

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 class Content:
     """What all transposed views of one array share; a traced graph names it by its key."""
 
-    __slots__ = ("__weakref__", "columns", "divisor", "dtype", "key", "parts")
+    __slots__ = ("__weakref__", "columns", "divisor", "dtype", "key", "parts", "plans")
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Content:
         divisor: Array | None,
     ) -> None:
         self.parts, self.dtype, self.columns, self.divisor = parts, dtype, columns, divisor
+        self.plans: dict[Any, Any] = {}
         self.key = next(_keys)
         contents[self.key] = self
 

@@ -14,7 +14,7 @@ from lowbit import checks, interop, kernels, tracing
 from lowbit.array import QArray
 from lowbit.formats import Format, reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels import Epilogue, Problem
+from lowbit.kernels import Epilogue, Problem, Run
 from lowbit.kernels.cpu import isa, operands, pool
 from lowbit.kernels.declare import ACTIVATIONS, OUTPUTS
 from lowbit.kernels.reference import finish
@@ -35,6 +35,7 @@ class Options:
 
 
 PLAIN = Options()
+_MOST_PLANS = 64  # of one weight: as many row counts and options as are remembered
 
 
 def matmul(
@@ -331,6 +332,10 @@ def _right(
         _exact(left, w, after, out)
         return
     parts = w._parts
+    if isinstance(left, QArray) and left.ndim > 2 and len(parts.shape) == 2 and _flattens(left):
+        rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
+        left, after = left.reshape(rows, left.shape[-1]), _flat(after, rows, columns)
+        out = out.reshape(rows, columns)
     x_along = not (isinstance(left, QArray) and left._transposed)
     x: Any = left._rows() if isinstance(left, QArray) else left
     if len(parts.shape) == 2:
@@ -341,13 +346,20 @@ def _right(
             after = _flat(after, rows, columns)
             out = out.reshape(rows, columns)
         if len(x.shape) == 2:
-            _matrix(x, x_along, parts, w._transposed, after, out, options)
+            plans = w._content.plans
+            _matrix(x, x_along, parts, w._transposed, after, out, options, plans)
             return
     for index in np.ndindex(out.shape[:-2]):
         _matrix(
             _lead(x, index), x_along, _lead(parts, index), w._transposed,
-            _at(after, index), out[index], options,
+            _at(after, index), out[index], options, {},
         )
+
+
+def _flattens(left: QArray) -> bool:
+    """Every row has scales of its own, so a stack of matrices is one tall matrix."""
+    fmt = left.format
+    return not left._transposed and fmt.scale.block[0] == 1 and not fmt.tensor_scale
 
 
 def _rearranged(operand: Array | QArray) -> bool:
@@ -401,7 +413,7 @@ def _left(w: QArray, right: Array, after: Epilogue, out: Array, options: Options
         product = interop.empty((out.shape[-1], out.shape[-2]), wide)
         _matrix(
             _lead(turned, index), True, _lead(w._parts, index), not w._transposed, plain, product,
-            Options(wide, None, options.batch_invariant, options.kernel),
+            Options(wide, None, options.batch_invariant, options.kernel), {},
         )
         one = _at(after, index)
         if one == plain:
@@ -436,11 +448,18 @@ def problem(
 
 
 def _matrix(
-    x: Any, x_along: bool, w: Any, w_along: bool, after: Epilogue, out: Array, options: Options
+    x: Any,
+    x_along: bool,
+    w: Any,
+    w_along: bool,
+    after: Epilogue,
+    out: Array,
+    options: Options,
+    plans: dict[Any, Run],
 ) -> None:
-    """One product of two matrices into `out`."""
+    """One product of two matrices into `out`; `plans` remembers kernels bound to this weight."""
     if isinstance(w, Words16) and not w_along:
-        w = w.rows()
+        w, plans = w.rows(), {}
     residual = after.residual
     if residual is not None and (
         residual.dtype.name not in OUTPUTS or residual.strides[-1] != residual.itemsize
@@ -448,8 +467,25 @@ def _matrix(
         dtype = residual.dtype if residual.dtype.name in OUTPUTS else np.dtype(np.float64)
         residual = np.ascontiguousarray(residual, dtype)
         after = Epilogue(after.alpha, after.bias, after.activation, residual)
-    stated = problem(x, x_along, w, w_along, after, out.dtype.name, options)
-    run = kernels.prepared(stated, options.kernel)
-    if isinstance(w, Packed):
-        w = operands.contiguous_parts(w)
-    run(x, w, after, out)
+    key = (
+        x.shape,
+        x.format if isinstance(x, Packed) else x.dtype,
+        x_along,
+        w_along,
+        out.dtype,
+        after.bias is None,
+        after.activation,
+        None if residual is None else residual.dtype,
+        options,
+        pool.get_num_threads(),
+    )
+    run = plans.get(key)
+    if run is None:
+        stated = problem(x, x_along, w, w_along, after, out.dtype.name, options)
+        held = operands.contiguous_parts(w)
+        run = kernels.prepared(stated, options.kernel)(held)
+        if held is w:  # else a plan would keep a copy of the weight
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[key] = run
+    run(x, after, out)

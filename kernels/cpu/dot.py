@@ -7,7 +7,7 @@ from typing import Any
 from lowbit.formats import Format, codes, reference
 from lowbit.kernels.cpu import gemm, operands
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
-from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
+from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
 
 
 def _spec(p: Problem) -> gemm.Spec:
@@ -67,35 +67,40 @@ def _cost(p: Problem) -> float:
     return 12e-6 + packing + p.m * p.n * p.k / rate + 4e-9 * p.m * p.k
 
 
-def _build(p: Problem) -> Run:
+def _build(p: Problem) -> Bind:
     spec, isa = _spec(p), operands.isa_of(p)
-    call = gemm.build(spec, isa)
-    segment = _segment(p)
+    gemm_of = gemm.build(spec, isa)
+    segment = operands.segment_of(p)
     assert isinstance(p.x, Format)
-    assert segment is not None
     x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
-    m, n, k = p.m, p.n, p.k
 
-    def run(x: Any, w: Any, epilogue: Epilogue, out: Array) -> None:
-        arranged = gemm.arrange(_int8(x), spec.element, isa, segment)
-        scales = operands.x_blocks(x)
-        call(
-            m=m,
-            n=n,
-            k=k,
+    def bind(w: Any) -> Run:
+        call = gemm_of.bind(
+            m=p.m,
+            n=p.n,
+            k=p.k,
             segment=segment,
-            x=operands.address(arranged.x),
-            x_stride=arranged.x.shape[-1],
-            x_sums=operands.address(arranged.sums),
-            x_sums_stride=arranged.sums.shape[-1],
-            x_scales=operands.address(scales),
-            x_scales_stride=scales.shape[1],
             x_block_segments=x_blocks,
             **operands.weight_arguments(w, segment),
-            **operands.output_arguments(epilogue, out, operands.second_level(x, w)),
         )
+        w_scale = operands.second_level(w)
 
-    return run
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            arranged = gemm.arrange(_int8(x), spec.element, isa, segment)
+            scales = operands.x_blocks(x)
+            call(
+                x=operands.address(arranged.x),
+                x_stride=arranged.x.shape[-1],
+                x_sums=operands.address(arranged.sums),
+                x_sums_stride=arranged.sums.shape[-1],
+                x_scales=operands.address(scales),
+                x_scales_stride=scales.shape[1],
+                **operands.output_arguments(epilogue, out, w_scale * operands.second_level(x)),
+            )
+
+        return run
+
+    return bind
 
 
 def _int8(x: reference.Packed) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from lowbit.formats import Format
 from lowbit.kernels.cpu import gemm, operands
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
-from lowbit.kernels.declare import Array, Epilogue, Kernel, Problem, Roundings, Run
+from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
 
 
 def _spec(p: Problem) -> gemm.Spec:
@@ -44,40 +44,43 @@ def _cost(p: Problem) -> float:
     return 8e-6 + packing + p.m * p.n * p.k / rate
 
 
-def _build(p: Problem) -> Run:
+def _build(p: Problem) -> Bind:
     spec = _spec(p)
-    call = gemm.build(spec, operands.isa_of(p))
+    gemm_of = gemm.build(spec, operands.isa_of(p))
     segment = operands.segment_of(p)
     width = gemm.word_columns(spec.element, p.k)
-    quantized = isinstance(p.x, Format)
-    x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k) if quantized else 1
-    m, n, k = p.m, p.n, p.k
+    x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k) if spec.x_scale else 1
 
-    def run(x: Any, w: Any, epilogue: Epilogue, out: Array) -> None:
-        arguments = operands.weight_arguments(w, segment)
-        if quantized:
-            rows, scales = operands.x_values(x, width), operands.x_blocks(x)
-            arguments["x_scales"] = operands.address(scales)
-            arguments["x_scales_stride"] = scales.shape[1]
-            arguments["x_block_segments"] = x_blocks
-        else:
-            rows = operands.padded(x, width)
-        if w.biases is not None:
-            sums = _sums(rows, segment, np.repeat(scales, x_blocks, axis=1) if quantized else None)
-            arguments["x_sums"] = operands.address(sums)
-            arguments["x_sums_stride"] = sums.shape[1]
-        arguments |= operands.output_arguments(epilogue, out, operands.second_level(x, w))
-        call(
-            m=m,
-            n=n,
-            k=k,
+    def bind(w: Any) -> Run:
+        call = gemm_of.bind(
+            m=p.m,
+            n=p.n,
+            k=p.k,
             segment=segment,
-            x=operands.address(rows),
-            x_stride=rows.strides[0] // 4,
-            **arguments,
+            x_block_segments=x_blocks,
+            **operands.weight_arguments(w, segment),
         )
+        w_scale = operands.second_level(w)
 
-    return run
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            arguments = operands.output_arguments(epilogue, out, w_scale)
+            if spec.x_scale:
+                rows, scales = operands.x_values(x, width), operands.x_blocks(x)
+                arguments["x_scales"] = operands.address(scales)
+                arguments["x_scales_stride"] = scales.shape[1]
+                arguments["alpha"] *= operands.second_level(x)
+            else:
+                rows = operands.padded(x, width)
+            if spec.biases:
+                repeated = np.repeat(scales, x_blocks, axis=1) if spec.x_scale else None
+                sums = _sums(rows, segment, repeated)
+                arguments["x_sums"] = operands.address(sums)
+                arguments["x_sums_stride"] = sums.shape[1]
+            call(x=operands.address(rows), x_stride=rows.strides[0] // 4, **arguments)
+
+        return run
+
+    return bind
 
 
 def _sums(rows: Array, segment: int, scales: Array | None) -> Array:
