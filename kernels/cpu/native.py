@@ -13,12 +13,10 @@ What LLVM needs, found the hard way:
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
 import stat
-import tempfile
 import threading
 import warnings
 from contextlib import suppress
@@ -194,11 +192,17 @@ def _key(ir: str, isa: Isa) -> str:
         isa,
         ir,
     )
-    return hashlib.sha256(repr(identity).encode()).hexdigest()
+    return _digest(repr(identity).encode()).hex()
+
+
+def _digest(data: bytes) -> bytes:
+    import hashlib  # here, not at the top: the pool is part of `import lowbit`
+
+    return hashlib.sha256(data).digest()
 
 
 def _seal(key: str, code: bytes) -> bytes:
-    return _MAGIC + hashlib.sha256(key.encode() + code).digest()
+    return _MAGIC + _digest(key.encode() + code)
 
 
 def _read(path: Path, key: str) -> bytes | None:
@@ -209,12 +213,14 @@ def _read(path: Path, key: str) -> bytes | None:
             data = entry.read()
     except OSError:
         return None
-    size = len(_MAGIC) + hashlib.sha256().digest_size
+    size = len(_MAGIC) + 32
     code = data[size:]
     return code if data[:size] == _seal(key, code) else None
 
 
 def _write(path: Path, key: str, code: bytes) -> None:
+    import tempfile
+
     # Another process may write the same entry now: each has its own file, the last one stays.
     with suppress(OSError):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
