@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python -P
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly lint docs dist-check clean
+.PHONY: help demo test nightly lint ruff mypy pyright import-linter docs dist-check clean
 
 help:
 	@echo "make demo        quantize a real model, print what it costs, draw a picture"
@@ -34,11 +34,19 @@ test: $(VENV)/.test
 nightly: $(VENV)/.test
 	$(RUN) -m pytest $(PYTEST) --hypothesis-profile nightly
 
-lint: $(VENV)/.lint
+lint: ruff mypy pyright import-linter
+
+ruff: $(VENV)/.lint
+	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
+
+mypy: $(VENV)/.lint
 	$(VENV)/bin/mypy
+
+pyright: $(VENV)/.lint
 	$(VENV)/bin/pyright
+
+import-linter: $(VENV)/.lint
 	$(VENV)/bin/lint-imports --no-logo
 
 docs: $(VENV)/.docs
@@ -46,8 +54,8 @@ docs: $(VENV)/.docs
 
 dist-check: $(VENV)/.lint
 	rm -rf dist build
-	$(RUN) -m build . > /dev/null
-	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+	$(RUN) -m build --quiet .
+	@set -e; for file in dist/*.whl dist/*.tar.gz; do \
 		echo "$$file"; \
 		rm -rf build/clean; \
 		$(PYTHON) -m venv build/clean; \
