@@ -58,19 +58,21 @@ def words16(rows: Array, bits: int) -> Array:
 def rows(panels: Array, n: int, size: int) -> Array:
     """The `n` rows of `size` bytes that `words16` arranged."""
     lanes = panels.transpose(0, 2, 1).astype("<u4")
-    flat = np.ascontiguousarray(lanes).view(np.uint8).reshape(len(panels) * PANEL, -1)
-    return np.ascontiguousarray(flat[:n, :size])
+    flat = np.ascontiguousarray(lanes).view(np.uint8)
+    rows = flat.reshape(len(panels) * PANEL, 4 * panels.shape[1])
+    return np.ascontiguousarray(rows[:n, :size])
 
 
 def panels16(blocks: Array) -> Array:
     """[n, blocks] of any dtype to [panels, blocks, 16]; missing rows are zero bytes."""
     n, count = blocks.shape
-    padded = np.zeros((-(-n // PANEL) * PANEL, count), blocks.dtype)
+    panels = -(-n // PANEL)
+    padded = np.zeros((panels * PANEL, count), blocks.dtype)
     padded[:n] = blocks
-    return np.ascontiguousarray(padded.reshape(-1, PANEL, count).transpose(0, 2, 1))
+    return np.ascontiguousarray(padded.reshape(panels, PANEL, count).transpose(0, 2, 1))
 
 
 def unpanel16(panels: Array, n: int) -> Array:
     """The [n, blocks] that `panels16` arranged."""
-    flat = panels.transpose(0, 2, 1).reshape(len(panels) * PANEL, -1)
+    flat = panels.transpose(0, 2, 1).reshape(len(panels) * PANEL, panels.shape[1])
     return np.ascontiguousarray(flat[:n])

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lowbit.formats.declare import Element
 from lowbit.kernels.cpu.ir import FLOAT, LANES, Function, Module, Value, constant
 
+Array = npt.NDArray[Any]
 Emit = Callable[[Function, Value, int], Value]
 """emit(function, lanes, shift): the float32 value of the code at bits [shift, shift + bits)."""
 
@@ -65,7 +68,7 @@ def consecutive(element: Element) -> tuple[bool, float] | None:
     return None
 
 
-def _same(numbers: np.ndarray, values: tuple[float, ...]) -> bool:
+def _same(numbers: Array, values: tuple[float, ...]) -> bool:
     """Equal as bits of float32: NaN is NaN, and zeros have a sign."""
     a, b = np.asarray(numbers, np.float32), np.asarray(values, np.float32)
     nan = np.isnan(a) & np.isnan(b)
@@ -178,7 +181,7 @@ class Minifloat:
     thresholds: tuple[tuple[int, int], ...] = ()
     nans: tuple[int, ...] = ()
 
-    def numbers(self) -> np.ndarray:
+    def numbers(self) -> Array:
         """What the instructions give for each code."""
         codes = np.arange(2**self.bits, dtype=np.uint32)
         half = 2 ** (self.bits - 1)
@@ -274,7 +277,7 @@ def _by_exponent(element: Element, module: Module) -> Decoder | None:
     return Decoder("exponent", 8, emit)
 
 
-def _exponents() -> np.ndarray:
+def _exponents() -> Array:
     return np.append(np.ldexp(1.0, np.arange(-127, 128)), np.nan)
 
 

@@ -27,12 +27,12 @@ from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.program import HEAD, Arguments, PackArguments
 from lowbit.kernels.cpu.spec import INTEGERS, Spec
-from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, stored_offset
+from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, shapes, stored_offset, word_steps
 from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS, codes_per_word, word_bits, word_columns
 
 Array = npt.NDArray[Any]
 
-_TALLEST = 120  # rows of a tile, a multiple of all micro-kernels' heights
+_TALLEST = 128  # rows of a tile, a multiple of all micro-kernels' heights
 _BLOCK = struct.Struct(program.FORMAT)
 _PACK_BLOCK = struct.Struct(f"<{len(PackArguments._fields)}q")
 
@@ -92,7 +92,7 @@ def arrange(codes: Array, element: Element, isa: Isa, segment: int) -> Arranged:
         sums = np.add.reduceat(codes, np.arange(0, k, segment), axis=-1, dtype=np.int32)
     else:
         sums = np.zeros((*codes.shape[:-1], 0), np.int32)
-    words = padded.reshape(*codes.shape[:-1], -1, parts, per_word // parts)
+    words = padded.reshape(*codes.shape[:-1], width // per_word, parts, per_word // parts)
     ordered = np.ascontiguousarray(words.swapaxes(-1, -2)).reshape(padded.shape)
     return Arranged(ordered, sums)
 
@@ -105,37 +105,25 @@ class Gemm:
     isa: Isa
     entry: int
 
-    def __call__(
+    def bind(
         self,
         *,
         m: int,
         n: int,
         k: int,
         segment: int,
-        x: int,
-        x_stride: int,
         codes: int,
         codes_stride: int,
         scales: int,
         scales_stride: int,
         block_rows: int,
         block_segments: int,
-        out: int,
-        out_stride: int,
         zeros: int = 0,
         biases: int = 0,
-        x_scales: int = 0,
-        x_scales_stride: int = 0,
         x_block_segments: int = 1,
-        x_sums: int = 0,
-        x_sums_stride: int = 0,
-        alpha: float = 1.0,
-        bias: int = 0,
-        residual: int = 0,
-        residual_stride: int = 0,
         threads: int | None = None,
-    ) -> None:
-        """Compute out[m, n]. Arrays are given by address; strides count elements.
+    ) -> Bound:
+        """Fix the sizes and the weight; what comes back computes one product a call.
 
         Parameters
         ----------
@@ -143,40 +131,29 @@ class Gemm:
             Any number, 0 included.
         segment : int
             Columns between any two changes of a scale; see `refuse`.
-        x, x_stride : int
-            float32 [m, word_columns(element, k)], zeros from column k on; for "dot" what
-            `arrange` gives.
         codes, codes_stride : int
-            Of w. The stride is in bytes; words16 ignores it.
+            Address of w. The stride is in bytes; words16 ignores it.
         scales, scales_stride, block_rows, block_segments : int
             One scale for `block_rows` rows of w and `block_segments` segments (a whole axis: any
-            number not below its length). The stride serves zeros and biases too; panels16
-            ignores it and the rows.
-        out, out_stride : int
-            Result, contiguous along n.
+            number not below its length). The stride counts entries and serves zeros and biases
+            too; panels16 ignores it and the rows.
         zeros, biases : int
             As many as scales.
-        x_scales, x_scales_stride, x_block_segments : int
-            float32 [m, blocks] of x, one for so many segments.
-        x_sums, x_sums_stride : int
-            [m, segments]: int32 sums of the codes of x ("dot"), float32 sums of x (biases).
-        alpha : float
-            Rounded to float32.
-        bias : int
-            float32 [n], or 0.
-        residual, residual_stride : int
-            [m, n] of the dtype `spec.residual`.
+        x_block_segments : int
+            Segments that share one scale of x.
         threads : int, optional
             Most threads to use.
         """
-        if m <= 0 or n <= 0:
-            return
         spec = self.spec
         bits = word_bits(spec.element)
         words = -(-k * bits // 32)
         piece = max(1, -(-min(segment, k) * bits // 32))
-        stretch = _stretch(spec, words, piece)
-        tall = -(-m // -(-m // _tile_rows(self.isa, k)))
+        tallest = shapes(self.isa)[0]
+        packed = tallest.packed and m >= tallest.rows
+        steps = word_steps(spec, self.isa)
+        stretch = _stretch(spec, words, piece, 65536 // (VECTOR * steps) if packed else 4096)
+        blocks = -(-m // _tile_rows(self.isa, k))
+        tall = -(-m // blocks // tallest.rows) * tallest.rows if blocks > 1 else m
         columns = -(-n // (GROUP * PANEL))
         # Sums, carried sums, the packed blocks of a stretch, its codes, expanded lines, work.
         sums = tall * ROW
@@ -189,36 +166,133 @@ class Gemm:
         lines_at = codes_at + (stretch * ROW if spec.layout == "rows" else 0)
         expanded = 0 if spec.element.bits in WIDTHS else (stretch + 1) * VECTOR
         work_at = lines_at + expanded
-        scratch = work_at + (block if spec.scale_layout == "rows" else 0)
+        x_at = work_at + (block if spec.scale_layout == "rows" else 0)
+        scratch = x_at + (stretch * steps * VECTOR if packed else 0)
+        return Bound(
+            self.entry,
+            columns * -(-m // tall) if m > 0 and n > 0 else 0,
+            scratch,
+            DOTS[self.isa.dot].x_size if spec.inner == "dot" else 4,
+            threads,
+            x_block_segments,
+            (m, n, words, piece, stretch, tall, columns),
+            (
+                codes, codes_stride, -(-k * spec.element.bits // 8),
+                scales, zeros, biases, scales_stride, block_rows, block_segments,
+            ),
+            (carry_at, scales_at, zeros_at, biases_at, codes_at, lines_at, work_at, x_at),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        *,
+        x: int,
+        x_stride: int,
+        out: int,
+        out_stride: int,
+        x_scales: int = 0,
+        x_scales_stride: int = 0,
+        x_sums: int = 0,
+        x_sums_stride: int = 0,
+        alpha: float = 1.0,
+        bias: int = 0,
+        residual: int = 0,
+        residual_stride: int = 0,
+        **bound: Any,
+    ) -> None:
+        """Bind and compute once; see `bind` and `Bound`."""
+        self.bind(**bound)(
+            x=x,
+            x_stride=x_stride,
+            out=out,
+            out_stride=out_stride,
+            x_scales=x_scales,
+            x_scales_stride=x_scales_stride,
+            x_sums=x_sums,
+            x_sums_stride=x_sums_stride,
+            alpha=alpha,
+            bias=bias,
+            residual=residual,
+            residual_stride=residual_stride,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A class of products with its sizes and its weight; the weight's memory must stay."""
+
+    entry: int
+    tiles: int
+    scratch: int
+    x_size: int
+    threads: int | None
+    x_block_segments: int
+    sizes: tuple[int, ...]
+    weight: tuple[int, ...]
+    places: tuple[int, ...]
+
+    def __call__(
+        self,
+        *,
+        x: int,
+        x_stride: int,
+        out: int,
+        out_stride: int,
+        x_scales: int = 0,
+        x_scales_stride: int = 0,
+        x_sums: int = 0,
+        x_sums_stride: int = 0,
+        alpha: float = 1.0,
+        bias: int = 0,
+        residual: int = 0,
+        residual_stride: int = 0,
+    ) -> None:
+        """Compute out[m, n]. Arrays are given by address; strides count elements.
+
+        Parameters
+        ----------
+        x, x_stride : int
+            float32 [m, word_columns(element, k)], zeros from column k on; for "dot" what
+            `arrange` gives.
+        out, out_stride : int
+            Result, contiguous along n.
+        x_scales, x_scales_stride : int
+            float32 [m, blocks] of x.
+        x_sums, x_sums_stride : int
+            [m, segments]: int32 sums of the codes of x ("dot"), float32 sums of x (biases).
+        alpha : float
+            Rounded to float32.
+        bias : int
+            float32 [n], or 0.
+        residual, residual_stride : int
+            [m, n] of the dtype `spec.residual`.
+        """
+        if not self.tiles:
+            return
         argument = _BLOCK.pack(
-            m, n, words, piece, stretch, tall, columns,
-            x, x_stride * self._x_size,
-            codes, codes_stride, -(-k * spec.element.bits // 8),
-            scales, zeros, biases, scales_stride, block_rows, block_segments,
-            x_scales, x_scales_stride, x_block_segments, x_sums, x_sums_stride,
+            *self.sizes,
+            x, x_stride * self.x_size,
+            *self.weight,
+            x_scales, x_scales_stride, self.x_block_segments, x_sums, x_sums_stride,
             bias, residual, residual_stride, out, out_stride,
-            carry_at, scales_at, zeros_at, biases_at, codes_at, lines_at, work_at,
+            *self.places,
             alpha,
         )  # fmt: skip
         held = ctypes.create_string_buffer(argument, _BLOCK.size)
-        pool.run(self.entry, ctypes.addressof(held), columns * -(-m // tall), scratch, threads)
-
-    @property
-    def _x_size(self) -> int:
-        return DOTS[self.isa.dot].x_size if self.spec.inner == "dot" else 4
+        pool.run(self.entry, ctypes.addressof(held), self.tiles, self.scratch, self.threads)
 
 
-def _stretch(spec: Spec, words: int, piece: int) -> int:
+def _stretch(spec: Spec, words: int, piece: int, limit: int) -> int:
     """Words of k that a tile works on at a time: what it packs should stay in the nearest cache."""
-    most = 256 if spec.layout == "rows" else min(4096, 256 * piece)
+    most = min(limit, 256 if spec.layout == "rows" else 256 * piece)
     whole = most // piece * piece or most
     return max(2, min(whole + whole % 2, words + words % 2))
 
 
 def _tile_rows(isa: Isa, k: int) -> int:
-    """Rows of a tile: a multiple of 12 where a tile stays below a hundredth of a second."""
+    """Rows of a tile: a multiple of 16 where a tile stays below a hundredth of a second."""
     products = 2**21 * isa.lanes
-    return max(12, min(_TALLEST, products // (64 * max(k, 1)) // 12 * 12))
+    return max(16, min(_TALLEST, products // (64 * max(k, 1)) // 16 * 16))
 
 
 @lru_cache(maxsize=1024)

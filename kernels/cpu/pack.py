@@ -80,9 +80,9 @@ def _four_words(f: Function, row: list[Value], offset: Value) -> list[Value]:
     def interleave(a: Value, b: Value, order: tuple[int, int, int, int]) -> Value:
         return f.shuffle(a, b, [4 * q + o % 4 + 16 * (o // 4) for q in range(4) for o in order])
 
-    low, high = (0, 4, 1, 5), (2, 6, 3, 7)
-    ab_low, ab_high = (interleave(mixed[0], mixed[1], o) for o in (low, high))
-    cd_low, cd_high = (interleave(mixed[2], mixed[3], o) for o in (low, high))
+    front, back = (0, 4, 1, 5), (2, 6, 3, 7)
+    ab_low, ab_high = (interleave(mixed[0], mixed[1], o) for o in (front, back))
+    cd_low, cd_high = (interleave(mixed[2], mixed[3], o) for o in (front, back))
     first, second = (0, 1, 4, 5), (2, 3, 6, 7)
     return [
         interleave(ab_low, cd_low, first),

@@ -2,7 +2,7 @@
 
 A tile is up to 64 columns of the result (four panels of w) by some rows. Stretch of k by stretch
 of k it brings the panels' codes and scales into scratch, runs the micro-kernels over its rows, and
-in the end writes the result. Only `tile` is called from outside.
+in the end writes the result. The pool has set the standard floating-point mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from lowbit.kernels.cpu.epilogue import EDGE, writer
 from lowbit.kernels.cpu.ir import FLOAT, LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.spec import Spec
-from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, Micro, shapes, stored_offset
+from lowbit.kernels.cpu.tile import (
+    DOTS,
+    ROW,
+    VECTOR,
+    Micro,
+    Shape,
+    shapes,
+    stored_offset,
+    word_steps,
+)
 from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS
 
 
@@ -61,6 +70,7 @@ class Arguments(NamedTuple):
     codes_at: int
     lines_at: int
     work_at: int
+    x_at: int
     alpha: float
 
 
@@ -79,9 +89,7 @@ def item_bits(kind: Element | str) -> int:
 def text(spec: Spec, isa: Isa) -> str:
     """The module's IR."""
     module = Module(isa)
-    body = _Tile(spec, module).function
-    f = module.function("tile", {"a": "ptr", "number": "i64", "scratch": "ptr"}, "external")
-    _plain_arithmetic(f, body)
+    _Tile(spec, module)
     return module.text()
 
 
@@ -128,32 +136,12 @@ def _arguments(
     return found
 
 
-def _plain_arithmetic(f: Function, body: Function) -> None:
-    """Run with the default rounding, subnormal numbers and masks, whatever the caller has set."""
-    if f.module.x86:
-        saved = f.let("ptr", "alloca [2 x i32], align 8")
-        plain = f.at(saved, 4)
-        f.call("llvm.x86.sse.stmxcsr", "void", saved)
-        f.store(constant("i32", 0x1F80), plain, 4)
-        f.call("llvm.x86.sse.ldmxcsr", "void", plain)
-        f.run(body, *f.parameters)
-        f.call("llvm.x86.sse.ldmxcsr", "void", saved)
-    elif f.module.arm:
-        before = f.call("llvm.aarch64.get.fpcr", "i64")
-        f.call("llvm.aarch64.set.fpcr", "void", constant("i64", 0))
-        f.run(body, *f.parameters)
-        f.call("llvm.aarch64.set.fpcr", "void", before)
-    else:
-        f.run(body, *f.parameters)
-
-
 class _Tile:
     """Builds the tile's body."""
 
     def __init__(self, spec: Spec, module: Module) -> None:
         self.spec, self.module = spec, module
-        self.kernels = [Micro(spec, module, r, p).function for r, p in shapes(spec, module)]
-        self.shapes = shapes(spec, module)
+        self.kernels = [(each, Micro(spec, module, each).function) for each in shapes(module.isa)]
         self.transpose = pack.transposer(module)
         self.row_table = pack.row_table(module)
         bits = spec.element.bits
@@ -161,7 +149,7 @@ class _Tile:
         self.unpack = {name: self._unpacker(name, kind) for name, kind in self._blocks().items()}
         self.finish = writer(spec, module)
         names = {"a": "ptr", "number": "i64", "scratch": "ptr"}
-        self.function = module.function("body", names, "apart")
+        self.function = module.function("tile", names, "external")
         block, self.number, self.scratch = self.function.parameters
         addresses = (*ADDRESSES, "out")
         self.a = _arguments(self.function, block, Arguments._fields, addresses)
@@ -210,7 +198,7 @@ class _Tile:
                     self._codes(at, panel.index, first, last, table)
                 for name in self.unpack:
                     self._scales(name, at, panel.index, first, last, table)
-            self._products(row, rows, column, panels, first, last, sums)
+            self._products(row, rows, column, panels, first, last, sums, table)
         place = f.add(f.mul(row, a["out_stride"]), column)
         out = f.at(a["out"], f.mul(place, ITEM_BITS[self.spec.out] // 8))
         shifted = f.at(a["bias"], f.mul(column, 4))
@@ -298,55 +286,66 @@ class _Tile:
         first: Value,
         last: Value,
         sums: Value,
+        table: Value,
     ) -> None:
-        f = self.function
+        """All rows times all panels of the stretch, the tallest micro-kernel first."""
+        f, a = self.function, self.a
         done = constant("i64", 0)
-        for (height, width), kernel in zip(self.shapes, self.kernels, strict=True):
-            end = f.add(done, f.mul(f.op("udiv", f.op("sub", rows, done), height), height))
-            with f.loop(done, end, height) as part, f.loop(0, panels, width) as panel:
-                self._product(
-                    kernel, width, row, part.index, column, panel.index, first, last, sums
-                )
+        for shape, kernel in self.kernels:
+            some = f.mul(f.op("udiv", f.op("sub", rows, done), shape.rows), shape.rows)
+            end = f.add(done, some)
+            with f.loop(done, end, shape.rows) as part:
+                at = f.add(row, part.index)
+                x = f.at(a["x"], f.mul(at, a["x_stride"]))
+                if shape.packed:
+                    x = self._x(x, first, last, shape.rows, table)
+                with f.loop(0, panels, shape.panels) as panel:
+                    place = f.add(f.mul(part.index, ROW), f.mul(panel.index, VECTOR))
+                    f.run(
+                        kernel,
+                        x,
+                        a["x_stride"],
+                        *self._panels(shape, column, panel.index, first),
+                        f.at(sums, place),
+                        f.at(self._at("carry"), place),
+                        *self._blocks_of(panel.index),
+                        *self._of_x(at),
+                        first,
+                        last,
+                        a["words"],
+                        a["segment"],
+                    )
             done = end
 
-    def _product(
-        self,
-        kernel: Function,
-        width: int,
-        row: Value,
-        part: Value,
-        column: Value,
-        panel: Value,
-        first: Value,
-        last: Value,
-        sums: Value,
-    ) -> None:
+    def _x(self, x: Value, first: Value, last: Value, rows: int, table: Value) -> Value:
+        """Some rows of x as words16."""
+        f, out = self.function, self._at("x")
+        count, one = constant("i64", rows), constant("i64", 1)
+        size = 4 * word_steps(self.spec, self.module.isa)
+        start = constant("i64", 0)
+        f.run(self.row_table, x, table, self.a["x_stride"], start, count, one)
+        f.run(self.transpose, table, count, f.mul(first, size), f.mul(last, size), out)
+        return out
+
+    def _blocks_of(self, panel: Value) -> list[Value]:
+        f, across = self.function, self.function.mul(panel, VECTOR)
+        return [f.at(self._at(name), across) for name in ("scales", "zeros", "biases")]
+
+    def _of_x(self, row: Value) -> list[Value]:
+        """Scales and sums of x from a row on, and their strides."""
         f, a = self.function, self.a
-        at = f.add(row, part)
-        codes = [self._panel(column, f.add(panel, p), first) for p in range(width)]
-        place = f.add(f.mul(part, ROW), f.mul(panel, VECTOR))
-        across = f.mul(panel, VECTOR)
-        blocks = [f.at(self._at(name), across) for name in ("scales", "zeros", "biases")]
-        x_scales = f.at(a["x_scales"], f.mul(f.mul(at, a["x_scales_stride"]), 4))
-        x_sums = f.at(a["x_sums"], f.mul(f.mul(at, a["x_sums_stride"]), 4))
-        f.run(
-            kernel,
-            f.at(a["x"], f.mul(at, a["x_stride"])),
-            a["x_stride"],
-            *codes,
-            f.at(sums, place),
-            f.at(self._at("carry"), place),
-            *blocks,
-            x_scales,
-            f.mul(a["x_scales_stride"], 4),
+        scales, sums = a["x_scales_stride"], a["x_sums_stride"]
+        return [
+            f.at(a["x_scales"], f.mul(f.mul(row, scales), 4)),
+            f.mul(scales, 4),
             a["x_block_segments"],
-            x_sums,
-            f.mul(a["x_sums_stride"], 4),
-            first,
-            last,
-            a["words"],
-            a["segment"],
-        )
+            f.at(a["x_sums"], f.mul(f.mul(row, sums), 4)),
+            f.mul(sums, 4),
+        ]
+
+    def _panels(self, shape: Shape, column: Value, panel: Value, first: Value) -> list[Value]:
+        add = self.function.add
+        return [self._panel(column, add(panel, p), first) for p in range(shape.panels)]
 
     def _panel(self, column: Value, panel: Value, first: Value) -> Value:
         """Where the words of a panel stand, from `first` on."""

@@ -16,6 +16,7 @@ from itertools import product
 
 from lowbit.kernels.cpu.decode import consecutive, decoder
 from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant
+from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.layouts import GROUP, codes_per_word, word_bits
 
@@ -23,17 +24,29 @@ VECTOR = 4 * LANES  # bytes
 ROW = VECTOR * GROUP  # bytes of one row of sums
 
 
-def shapes(spec: Spec, module: Module) -> tuple[tuple[int, int], ...]:
-    """(rows, panels) of the micro-kernels, tallest first; the last one has a single row.
+@dataclass(frozen=True)
+class Shape:
+    """Size of a micro-kernel."""
 
-    Accumulators, one word and one decoded vector a panel, a table and a splat have to fit.
+    rows: int
+    panels: int
+    packed: bool = False
+    """Its rows of x are words16 in scratch. Many rows that lie a power of two apart would push
+    each other out of the nearest cache."""
+
+
+def shapes(isa: Isa) -> tuple[Shape, ...]:
+    """The micro-kernels, tallest first; the last one has a single row.
+
+    Accumulators, a word and a decoded vector for each panel, a table and a splat have to fit.
     """
-    vectors = module.isa.registers * module.isa.lanes // LANES
+    vectors = isa.registers * isa.lanes // LANES
     if vectors >= 32:
-        return (12, 2), (4, 4), (2, 4), (1, 4)
+        # One panel, so that each splat of x is an operand of the one fma that wants it.
+        return Shape(16, 1, packed=True), Shape(4, 4), Shape(2, 4), Shape(1, 4)
     if vectors >= 8:
-        return (4, 1), (1, 4)
-    return (2, 1), (1, 1)
+        return Shape(4, 1), Shape(1, 4)
+    return Shape(2, 1), Shape(1, 1)
 
 
 @dataclass(frozen=True)
@@ -74,22 +87,28 @@ def stored_offset(spec: Spec, dot: Dot) -> tuple[int, int]:
     return (half, half) if signed else (0, 0)
 
 
+def word_steps(spec: Spec, isa: Isa) -> int:
+    """32-bit numbers of x that go with one word of codes."""
+    return codes_per_word(spec.element) // (DOTS[isa.dot].parts if spec.inner == "dot" else 1)
+
+
 class Micro:
     """Builds one micro-kernel; `function` is the result."""
 
-    def __init__(self, spec: Spec, module: Module, rows: int, panels: int) -> None:
-        self.spec, self.module, self.rows, self.panels = spec, module, rows, panels
-        self.codes = codes_per_word(spec.element)
+    def __init__(self, spec: Spec, module: Module, shape: Shape) -> None:
+        self.spec, self.module, self.shape = spec, module, shape
+        self.rows, self.panels = rows, panels = shape.rows, shape.panels
         self.integer = spec.inner == "dot"
         self.kind = INT if self.integer else FLOAT
         self.dot = DOTS[module.isa.dot]
+        self.steps = word_steps(spec, module.isa)
         parameters = {"x": "ptr", "x_stride": "i64"}
         parameters |= {f"codes{p}": "ptr" for p in range(panels)}
         parameters |= dict.fromkeys(("sums", "carry", "scales", "zeros", "biases"), "ptr")
         parameters |= {"x_scales": "ptr", "x_scales_stride": "i64", "x_block": "i64"}
         parameters |= {"x_sums": "ptr", "x_sums_stride": "i64"}
         parameters |= dict.fromkeys(("first", "last", "words", "segment"), "i64")
-        self.function = module.function(f"rows{rows}x{panels}", parameters)
+        self.function = module.function(f"rows{rows}x{panels}", parameters, "apart")
         self.values = dict(zip(parameters, self.function.parameters, strict=True))
         self._write()
 
@@ -151,9 +170,11 @@ class Micro:
         f, v = self.function, self.values
         offset = f.mul(f.op("sub", word, v["first"]), VECTOR)
         words = [f.load(INT, f.at(v[f"codes{p}"], offset), 4) for p in range(self.panels)]
-        steps = self.codes // self.dot.parts if self.integer else self.codes
-        across = f.mul(word, 4 * steps)
-        x = [f.at(self._row("x", r), across) for r in range(self.rows)]
+        steps = self.steps
+        if self.shape.packed:
+            x = [f.at(v["x"], f.mul(f.op("sub", word, v["first"]), VECTOR * steps))]
+        else:
+            x = [f.at(self._row("x", r), f.mul(word, 4 * steps)) for r in range(self.rows)]
         if self.integer:
             flip, _ = stored_offset(self.spec, self.dot)
             if flip:
@@ -170,7 +191,11 @@ class Micro:
                     operands[p] = f.op("fsub", operands[p], zero)
             for r in range(self.rows):
                 kind = "i32" if self.integer else "float"
-                one = f.splat(f.load(kind, f.at(x[r], 4 * step), 4))
+                if self.shape.packed:
+                    at = f.at(x[0], VECTOR * step + 4 * r)
+                else:
+                    at = f.at(x[r], 4 * step)
+                one = f.splat(f.load(kind, at, 4))
                 for p in range(self.panels):
                     i = r * self.panels + p
                     sums[i] = self._multiply(one, operands[p], sums[i])
