@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -87,6 +88,7 @@ def _each(part: Array, change: Callable[[Array], Array], axes: int = 2) -> Array
     if not lead:
         return change(part)
     if 0 in lead:
-        return np.zeros((*lead, *change(np.zeros(matrix, part.dtype)).shape), part.dtype)
-    changed = np.stack([change(m) for m in part.reshape(-1, *matrix)])
+        one = change(np.zeros(matrix, part.dtype))
+        return np.zeros((*lead, *one.shape), one.dtype)
+    changed = np.stack([change(m) for m in part.reshape(math.prod(lead), *matrix)])
     return changed.reshape(*lead, *changed.shape[1:])
