@@ -29,19 +29,22 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """`float32`, a format's name, or two of them with a colon: weights:activations."""
-        weights, _, activations = text.partition(":")
         if text == "float32":
             return cls(None)
-        for name in (weights, activations):
-            if name or text.endswith(":"):
-                lb.format(name)
-        return cls(weights, activations or None)
+        names = text.split(":", 1)
+        for name in names:
+            lb.format(name)  # raises ValueError for what is none
+        return cls(*names)
 
     @property
     def label(self) -> str:
-        if self.activations == self.weights and self.weights:
-            return f"{self.weights} W8A8" if "8" in self.weights else f"{self.weights} both"
-        return f"{self.weights or 'float32'}" + (f":{self.activations}" if self.activations else "")
+        """`int8_row W8A8` where weights and activations are alike, else the names."""
+        if self.activations is None:
+            return self.weights or "float32"
+        if self.activations != self.weights:
+            return f"{self.weights}:{self.activations}"
+        bits = lb.format(self.weights).element.bits
+        return f"{self.weights} W{bits}A{bits}"
 
     @property
     def family(self) -> str:

@@ -124,6 +124,7 @@ def circumstances(folder: Path, packaged: bool, count: int) -> dict[str, Any]:
         "sentences": count,
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas": f"{blas['name']} {blas['version']}",
@@ -131,6 +132,17 @@ def circumstances(folder: Path, packaged: bool, count: int) -> dict[str, Any]:
         "lowbit": lb.__version__,
         "lowbit_threads": lb.get_num_threads(),
     }
+
+
+def busy(facts: dict[str, Any]) -> str:
+    """A warning where other programs hold the cores."""
+    if not facts["load"] or facts["load"] < 0.7 * facts["cores"]:
+        return ""
+    return (
+        f"\nother programs are running (load {facts['load']:.1f} on {facts['cores']} cores): all "
+        "times are too long, the float32 row's most, for BLAS threads spin while they wait for one "
+        "another"
+    )
 
 
 def write(out: Path, results: Sequence[Result], facts: dict[str, Any]) -> list[Path]:
@@ -181,7 +193,7 @@ def run(
         f"dense encoder: {checked}\n"
         f"float32 row: NumPy {facts['numpy']} on {facts['blas']}, {facts['cores']} cores, "
         f"threads: {facts['blas_threads']}\n"
-        f"other rows: lowbit {facts['lowbit']}, {facts['lowbit_threads']} threads",
+        f"other rows: lowbit {facts['lowbit']}, {facts['lowbit_threads']} threads{busy(facts)}",
         highlight=False,
     )
     results: list[Result] = []

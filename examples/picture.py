@@ -39,7 +39,7 @@ FAMILIES = {
 }
 
 
-def draw(points: Sequence[Point], baseline: float, title: str, path: str) -> None:
+def draw(points: Sequence[Point], baseline: float, title: str, path: str) -> Figure:
     """Write a PNG; `baseline` is the megabytes of float32, whose cosine is 1."""
     figure = Figure(figsize=(10, 6.6), dpi=150, layout="constrained")
     canvas: Any = FigureCanvasAgg(figure)
@@ -77,9 +77,11 @@ def draw(points: Sequence[Point], baseline: float, title: str, path: str) -> Non
     if points:
         axes.legend(loc="lower right", fontsize=8.5, framealpha=0.95)
     canvas.draw()
+    figure.set_layout_engine("none")  # labels stand at pixels of the picture as it is now
     if points:
         _label(axes, canvas, points)
     figure.savefig(path, format="png")
+    return figure
 
 
 def _error(point: Point) -> float:
@@ -139,7 +141,8 @@ def _label(axes: Any, canvas: Any, points: Sequence[Point]) -> None:
 def _arrange(centres: Array, sizes: Array, inside: Array, furniture: Array) -> Array:
     """Boxes (x0, y0, x1, y1) of the labels: each in turn takes its cheapest place, four times.
 
-    A place costs its distance in pixels, and 500 for each thing that it or its line covers.
+    A place costs its distance in pixels, 500 for each thing that it or its line covers, and more
+    than all that outside the axes.
     """
     turns = np.arange(24) * (np.pi / 12)
     circle = np.stack([np.cos(turns), np.sin(turns)], axis=-1)
@@ -147,7 +150,7 @@ def _arrange(centres: Array, sizes: Array, inside: Array, furniture: Array) -> A
     boxes = np.tile(furniture[0], (len(centres), 1))  # nowhere yet: covered already
     lines = np.full((len(centres), 16, 2), -1.0)
     for i in [*range(len(centres))] * 4:
-        radii = sizes[i] / 2 + MARKER + 2 + 6 * np.arange(12)[:, None]
+        radii = sizes[i] / 2 + MARKER + 2 + 6 * np.arange(16)[:, None]
         middles = (centres[i] + circle * radii[:, None, :]).reshape(-1, 2)
         places = np.concatenate([middles - sizes[i] / 2, middles + sizes[i] / 2], axis=1)
         edges = np.clip(centres[i], places[:, :2], places[:, 2:])
@@ -156,16 +159,14 @@ def _arrange(centres: Array, sizes: Array, inside: Array, furniture: Array) -> A
         along[distances <= REACH] = -1.0
         rest = np.arange(len(centres)) != i
         foreign = np.abs(centres - centres[i]).max(axis=1) > 2 * MARKER
+        drawn = lines[rest][lines[rest, :, 0] >= 0]
         covered = _overlaps(places, np.concatenate([markers, furniture, boxes[rest]])).sum(axis=1)
-        covered += _holds(places, lines[rest].reshape(-1, 2)).any(axis=1)
-        blocked = np.concatenate([markers[foreign], boxes[rest]])
-        drawn = lines[rest].reshape(-1, 2)
-        blocked = np.concatenate([blocked, np.concatenate([drawn - 4, drawn + 4], axis=1)])
+        covered += _holds(places, drawn).any(axis=1)
+        blocked = np.concatenate([drawn - 4, drawn + 4], axis=1)
+        blocked = np.concatenate([markers[foreign], boxes[rest], blocked])
         covered += _holds(blocked, along.reshape(-1, 2)).any(axis=0).reshape(-1, 16).any(axis=1)
-        outside = (places[:, :2] < inside[:2]).any(axis=1) | (places[:, 2:] > inside[2:]).any(
-            axis=1
-        )
-        best = int(np.argmin(distances + 500 * (covered + outside)))
+        outside = ((places[:, :2] < inside[:2]) | (places[:, 2:] > inside[2:])).any(axis=1)
+        best = int(np.argmin(distances + 500 * covered + 9999 * outside))
         boxes[i], lines[i] = places[best], along[best]
     return boxes
 

@@ -370,6 +370,7 @@ def test_figures_are_rounded_down(value: float, digits: int, text: str) -> None:
 def test_schemes_are_parsed_and_named() -> None:
     assert measure.Scheme.parse("float32") == measure.Scheme(None)
     assert measure.Scheme.parse("int8_row:int8_row").label == "int8_row W8A8"
+    assert measure.Scheme.parse("int4_g128:int4_g128").label == "int4_g128 W4A4"
     mixed = measure.Scheme.parse("int4_g32:int8_row")
     assert (mixed.weights, mixed.activations, mixed.label) == (
         *("int4_g32", "int8_row"),
@@ -560,6 +561,28 @@ def test_labels_cover_nothing() -> None:
     assert not picture._overlaps(boxes, np.concatenate([marks, furniture])).any()
     assert (boxes[:, :2] >= inside[:2]).all()
     assert (boxes[:, 2:] <= inside[2:]).all()
+
+
+def test_saved_picture_has_its_labels_where_they_were_put(tmp_path: Path) -> None:
+    """A layout that moves the axes while it saves would leave the labels behind."""
+    figures = [(3.98, 0.17), (5.31, 0.829), *((5.97, c) for c in (0.974, 0.9747, 0.952))]
+    figures += [(10.7, 0.99963), (10.7, 0.99854), (10.7, 0.99743), (10.7, 0.99773), (10.95, 0.9985)]
+    points = [
+        picture.Point(f"float8_e4m3fn_128x128:{i}", megabytes, cosine, "float8")
+        for i, (megabytes, cosine) in enumerate(figures)
+    ]
+    figure = picture.draw(points, 42.5, "title", str(tmp_path / "a.png"))
+    axes = figure.axes[0]
+    around = axes.get_window_extent().extents
+    labels = {t.get_text(): t.get_window_extent().extents for t in axes.texts if t.get_text()}
+    for point in points:
+        x, y = axes.transData.transform((point.megabytes, 1 - point.cosine))
+        box = labels[point.label]
+        assert (box[:2] >= around[:2]).all()
+        assert (box[2:] <= around[2:]).all()
+        assert math.hypot(np.clip(x, *box[::2]) - x, np.clip(y, *box[1::2]) - y) < 120
+    boxes = np.array(list(labels.values()))
+    assert (picture._overlaps(boxes, boxes) == np.eye(len(boxes), dtype=bool)).all()
 
 
 @pytest.mark.parametrize("cosines", [[], [1.0], [0.99, -0.2]])
