@@ -1,0 +1,143 @@
+"""Tables that follow from the code: the formats of README and docs, the figures of bench/results.
+
+    python -P docs/generate.py     writes docs/_generated and the table inside README.md
+
+tests/test_docs.py fails where README.md is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+
+import lowbit as lb
+from lowbit import formats, kernels
+from lowbit.kernels import Problem
+from lowbit.kernels.cpu import isa
+from lowbit.kernels.declare import format_bytes
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RESULTS = HERE.parent / "bench" / "results"
+MARKS = "<!-- formats: generated -->", "<!-- end of formats -->"
+
+
+def bits_per_value(fmt: lb.Format) -> float:
+    """Bits that a value of a 4096 x 4096 matrix takes, scales and zero points included."""
+    return 8 * format_bytes(fmt, 4096, 4096) / 4096**2
+
+
+def rows() -> list[list[str]]:
+    """One row a declared name: name, printed name, bits a value, largest value, meaning."""
+    table = []
+    for name, named in sorted(formats.declared().items()):
+        fmt = named.format
+        shown = "" if name == fmt.name else f"`{fmt.name}`"
+        bits, largest = f"{bits_per_value(fmt):.4g}", f"{fmt.element.max:g}"
+        table.append([f"`{name}`", shown, bits, largest, named.summary])
+    return table
+
+
+HEADINGS = ["name", "stands for", "bits a value", "largest code", "what it is"]
+
+
+def markdown() -> str:
+    """The table of formats for README.md."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rst(headings: list[str], body: list[list[str]]) -> str:
+    """A list-table."""
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    for row in [headings, *body]:
+        cells = [c.replace("`", "``") for c in row]
+        lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(cells)]
+    return "\n".join(lines) + "\n"
+
+
+def kernel_rows() -> list[list[str]]:
+    """Which kernel takes which pair, and the roundings that its error bound counts."""
+    table = []
+    for x in ("float32", "bfloat16", "float64", "int8_row", "fp8_row", "mxfp8"):
+        for w in ("int8_row", "int4_g128", "uint4_g128_asym", "fp8_row", "nf4_g64", "int3_g32"):
+            kind = x if x.startswith(("float", "bf")) and "_" not in x else lb.format(x)
+            out = "float64" if x == "float64" else "float32"
+            device = f"cpu:{isa.RECORDS[0].name}"
+            p = Problem(16, 4096, 4096, kind, lb.format(w), out, device=device, threads=2)
+            kernel = kernels.choose(p).kernel
+            roundings = kernel.roundings(p)
+            table.append([f"`{x}`", f"`{w}`", f"`{kernel.name}`", str(roundings.count)])
+    return table
+
+
+def figures() -> str:
+    """The committed figures of bench/overheads.py."""
+    path = RESULTS / "overheads.json"
+    record = json.loads(path.read_text())
+    machine = record["machine"]
+    body = [
+        [f["name"], f"{f['value']:.3g} {f['unit']}", f"{f['limit']:g} {f['unit']}"]
+        for f in record["figures"]
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    note = (
+        f"Measured on {machine['date']}: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['isa']}, Python {machine['python']}, {versions}.\n"
+    )
+    return rst(["what", "measured", "limit"], body) + "\n" + note
+
+
+def demo() -> str:
+    """The committed table of examples/minilm.py."""
+    record = json.loads((RESULTS / "minilm.json").read_text())
+    body = []
+    for row in record["rows"]:
+        body.append([
+            f"`{row['format']}`",
+            f"{row['linear_bytes'] / 1e6:.2f}",
+            f"{row['cosine_mean']:.4f}",
+            f"{row['cosine_worst']:.4f}",
+            f"{row['top1']:.3f}",
+            f"{row['top10']:.3f}",
+            f"{row['seconds_32']['gemm']:.2f}",
+            row["kernel"],
+        ])  # fmt: skip
+    headings = [
+        "format", "MB of linear weights", "cosine, mean", "worst", "top-1", "top-10",
+        "s in GEMMs, batch 32", "kernel",
+    ]  # fmt: skip
+    return rst(headings, body)
+
+
+def readme() -> str:
+    """README.md with a fresh table."""
+    start, end = MARKS
+    text = README.read_text()
+    if start not in text or end not in text:
+        raise ValueError(f"README.md lacks the marks {start} and {end}")
+    fresh = f"{start}\n\n{markdown()}\n\n{end}"
+    return re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: fresh, text, flags=re.S)
+
+
+def write() -> None:
+    """All generated pages; README.md is left alone."""
+    folder = HERE / "_generated"
+    folder.mkdir(exist_ok=True)
+    pages = {
+        "formats.txt": rst(HEADINGS, rows()),
+        "kernels.txt": rst(["x", "w", "kernel", "roundings, K = 4096"], kernel_rows()),
+        "figures.txt": figures(),
+        "demo.txt": demo(),
+    }
+    for name, text in pages.items():
+        path = folder / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    write()
+    README.write_text(readme())
