@@ -66,7 +66,7 @@ class Epilogue:
 
     alpha: float = 1.0
     bias: Array | None = None
-    """float32 (N,)."""
+    """float32 (N,); float64 where the result is."""
     activation: str | None = None
     residual: Array | None = None
     """(M, N) of the result's dtype or float32."""

@@ -16,7 +16,7 @@ from lowbit.formats import Format, reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Problem, Run
 from lowbit.kernels.cpu import isa, operands, pool
-from lowbit.kernels.declare import ACTIVATIONS, OUTPUTS
+from lowbit.kernels.declare import ACTIVATIONS
 from lowbit.kernels.reference import finish
 from lowbit.kernels.words16 import Words16
 from lowbit.quantizing import quantize
@@ -106,9 +106,18 @@ def matmul(
     """
     if tracing.active(x) or tracing.active(w):
         return tracing.matmul(
-            x, w, alpha=alpha, bias=bias, activation=activation, residual=residual,
-            x_format=x_format, x_scale=x_scale, out=out, out_dtype=out_dtype,
-            batch_invariant=batch_invariant, kernel=kernel,
+            x,
+            w,
+            alpha=alpha,
+            bias=bias,
+            activation=activation,
+            residual=residual,
+            x_format=x_format,
+            x_scale=x_scale,
+            out=out,
+            out_dtype=out_dtype,
+            batch_invariant=batch_invariant,
+            kernel=kernel,
         )
     left, right, origin = _operands(x, w)
     options = PLAIN
@@ -307,7 +316,8 @@ def _epilogue(
         wanted = () if drop_columns else shape[-1:]
         if held[0].shape not in (wanted, shape[-1:]):
             raise ValueError(f"bias: want shape {shape[-1:]}, got {held[0].shape}")
-        held[0] = np.ascontiguousarray(held[0].reshape(shape[-1:]), np.float32)
+        wide = np.float64 if dtype == np.float64 else np.float32
+        held[0] = np.ascontiguousarray(held[0].reshape(shape[-1:]), wide)
     if held[1] is not None:
         if drop_columns:
             held[1] = held[1][..., None]
@@ -315,8 +325,8 @@ def _epilogue(
             held[1] = held[1][..., None, :]
         try:
             held[1] = np.broadcast_to(held[1], shape)
-            if held[1].dtype == np.float64 and dtype != np.float64:
-                held[1] = held[1].astype(np.float32)
+            if held[1].dtype.kind in "iu" or held[1].dtype.name == "float64":
+                held[1] = held[1].astype(np.float64 if dtype == np.float64 else np.float32)
         except ValueError:
             raise ValueError(
                 f"residual: {held[1].shape} does not broadcast to the result, {shape}"
@@ -324,9 +334,7 @@ def _epilogue(
     return Epilogue(alpha, held[0], activation, held[1])
 
 
-def _right(
-    left: Array | QArray, w: QArray, after: Epilogue, out: Array, options: Options
-) -> None:
+def _right(left: Array | QArray, w: QArray, after: Epilogue, out: Array, options: Options) -> None:
     """The weight is on the right: the kernels' own orientation."""
     if _rearranged(left) or _rearranged(w):
         _exact(left, w, after, out)
@@ -351,8 +359,14 @@ def _right(
             return
     for index in np.ndindex(out.shape[:-2]):
         _matrix(
-            _lead(x, index), x_along, _lead(parts, index), w._transposed,
-            _at(after, index), out[index], options, {},
+            _lead(x, index),
+            x_along,
+            _lead(parts, index),
+            w._transposed,
+            _at(after, index),
+            out[index],
+            options,
+            {},
         )
 
 
@@ -412,8 +426,14 @@ def _left(w: QArray, right: Array, after: Epilogue, out: Array, options: Options
     for index in np.ndindex(out.shape[:-2]):
         product = interop.empty((out.shape[-1], out.shape[-2]), wide)
         _matrix(
-            _lead(turned, index), True, _lead(w._parts, index), not w._transposed, plain, product,
-            Options(wide, None, options.batch_invariant, options.kernel), {},
+            _lead(turned, index),
+            True,
+            _lead(w._parts, index),
+            not w._transposed,
+            plain,
+            product,
+            Options(wide, None, options.batch_invariant, options.kernel),
+            {},
         )
         one = _at(after, index)
         if one == plain:
@@ -461,11 +481,12 @@ def _matrix(
     if isinstance(w, Words16) and not w_along:
         w, plans = w.rows(), {}
     residual = after.residual
-    if residual is not None and (
-        residual.dtype.name not in OUTPUTS or residual.strides[-1] != residual.itemsize
+    if residual is not None and not (
+        residual.dtype.isnative
+        and residual.flags.aligned
+        and residual.strides[-1] == residual.itemsize
     ):
-        dtype = residual.dtype if residual.dtype.name in OUTPUTS else np.dtype(np.float64)
-        residual = np.ascontiguousarray(residual, dtype)
+        residual = np.ascontiguousarray(residual, residual.dtype.newbyteorder("="))
         after = Epilogue(after.alpha, after.bias, after.activation, residual)
     key = (
         x.shape,

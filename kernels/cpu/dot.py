@@ -70,8 +70,9 @@ def _cost(p: Problem) -> float:
 def _build(p: Problem) -> Bind:
     spec, isa = _spec(p), operands.isa_of(p)
     gemm_of = gemm.build(spec, isa)
-    segment = operands.segment_of(p)
+    segment = _segment(p)
     assert isinstance(p.x, Format)
+    assert segment is not None
     x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
 
     def bind(w: Any) -> Run:

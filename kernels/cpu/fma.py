@@ -63,12 +63,12 @@ def _build(p: Problem) -> Bind:
         w_scale = operands.second_level(w)
 
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            arguments = operands.output_arguments(epilogue, out, w_scale)
+            scale = w_scale * operands.second_level(x)
+            arguments = operands.output_arguments(epilogue, out, scale)
             if spec.x_scale:
                 rows, scales = operands.x_values(x, width), operands.x_blocks(x)
                 arguments["x_scales"] = operands.address(scales)
                 arguments["x_scales_stride"] = scales.shape[1]
-                arguments["alpha"] *= operands.second_level(x)
             else:
                 rows = operands.padded(x, width)
             if spec.biases:
@@ -89,7 +89,8 @@ def _sums(rows: Array, segment: int, scales: Array | None) -> Array:
     sums = np.add.reduceat(rows.astype(np.float64), starts, axis=1)
     if scales is not None:
         sums *= scales[:, : sums.shape[1]]
-    return sums.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return sums.astype(np.float32)
 
 
 def _roundings(p: Problem) -> Roundings:

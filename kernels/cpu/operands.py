@@ -15,6 +15,7 @@ from lowbit.kernels.declare import Array, Epilogue, Problem
 from lowbit.kernels.words16 import Words16
 
 FLOAT32 = np.dtype(np.float32)
+LARGEST = float(np.finfo(np.float32).max)
 # alpha * tensor scales is a product of float64 rounded once, the bias is rounded to float32, and
 # one fma joins the three.
 FINAL_ROUNDINGS = 3
@@ -153,12 +154,17 @@ def second_level(*operands: Any) -> float:
     return factor
 
 
+def single(number: float) -> float:
+    """The number, or infinity where it is beyond float32."""
+    return number if abs(number) <= LARGEST else math.copysign(math.inf, number)
+
+
 def output_arguments(epilogue: Epilogue, out: Array, scale: float) -> dict[str, Any]:
     """Where the result goes and what happens to it on the way."""
     found: dict[str, Any] = {
         "out": address(out),
         "out_stride": out.strides[0] // out.itemsize,
-        "alpha": epilogue.alpha * scale,
+        "alpha": single(epilogue.alpha * scale),
     }
     if epilogue.bias is not None:
         found["bias"] = address(epilogue.bias)

@@ -300,6 +300,8 @@ def _bounded(
         error = error + factors[0] * (1 + growth) * (
             unit(path.divided) * found.size + smallest(path.divided) / 2 * found.weights
         )
+    if path.dtype != np.float64:
+        error = error + unit(np.float32) * np.abs(addend) + smallest(np.float32) / 2
     # The reference's own: sums, products and four roundings of each operand's value.
     error = error + gamma(found.depth + 12, np.float64) * size
     reached = [found.highest, size, *factors, *(f * found.size for f in factors)]
