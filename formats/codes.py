@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -39,25 +42,36 @@ class Ladder(NamedTuple):
 
 @lru_cache(maxsize=256)
 def ladder(element: Element) -> Ladder:
-    """Sort the table once. Ties go to the even code, so an edge whose upper code is even moves
-    down by one float64 step: the tie itself then counts as above it."""
+    """Sort the table once. A tie goes to the upper value if its code is even, else to the lower.
+
+    Past either end the last gap is thought to repeat, to a code of the other parity.
+    """
     table = np.array(element.values, np.float64)
-    zeros = [c for c in range(len(table)) if table[c] == 0 and np.signbit(table[c])]
+    zeros = np.flatnonzero((table == 0) & np.signbit(table))
     order = np.argsort(table, kind="stable")
-    order = order[np.isfinite(table[order])]
-    order = np.array([c for c in order if c not in zeros], np.uint8)
-    values = table[order]
-    values, first = np.unique(values, return_index=True)  # a codebook may repeat a value
-    order = order[first]
-    middle = (values[:-1] + values[1:]) / 2
-    edges = np.where(order[1:] % 2 == 0, np.nextafter(middle, -np.inf), middle)
-    top = (values[-1] - values[-2]) / 2 if len(values) > 1 else np.inf
-    bottom = (values[1] - values[0]) / 2 if len(values) > 1 else np.inf
-    # The first value past the end would have a code of the other parity.
-    high, low = values[-1] + top, values[0] - bottom
-    high = high if order[-1] % 2 == 0 else np.nextafter(high, -np.inf)
-    low = low if order[0] % 2 == 0 else np.nextafter(low, np.inf)
-    return Ladder(values, order, edges, zeros[0] if zeros else None, float(low), float(high))
+    order = order[np.isfinite(table[order]) & ~np.isin(order, zeros)]
+    values, first = np.unique(table[order], return_index=True)  # a codebook may repeat a value
+    order = order[first].astype(np.uint8)
+    edges = [
+        _edge(Fraction(low) + Fraction(high), upper_wins=code % 2 == 0)
+        for low, high, code in zip(values[:-1], values[1:], order[1:].tolist(), strict=True)
+    ]
+    low = high = np.inf
+    if len(values) > 1:
+        low, high = values[1] - values[0], values[-1] - values[-2]
+    bottom, top = values[0] - low / 2, values[-1] + high / 2
+    bottom = bottom if order[0] % 2 == 0 else np.nextafter(bottom, np.inf)
+    top = top if order[-1] % 2 == 0 else np.nextafter(top, -np.inf)
+    negative_zero = int(zeros[0]) if len(zeros) else None
+    return Ladder(values, order, np.array(edges), negative_zero, float(bottom), float(top))
+
+
+def _edge(twice: Fraction, *, upper_wins: bool) -> float:
+    """The largest float64 that still rounds down, where `twice` is twice the middle."""
+    edge = float(twice / 2)
+    if Fraction(edge) * 2 > twice or (upper_wins and Fraction(edge) * 2 == twice):
+        edge = math.nextafter(edge, -math.inf)
+    return edge
 
 
 def encode(
@@ -77,17 +91,18 @@ def encode(
     overflow : {"saturate", "nan", "raise"}
         What becomes of a number that rounds beyond the largest value, infinities included.
     uniform : ndarray in [0, 1), optional
-        Round stochastically, up where the number exceeds this share of the gap; otherwise to
-        nearest, ties to the even code. A negative number that rounds to zero is -0 where the
-        element has one.
+        Round stochastically: up where the number lies further into its gap than this share.
+        Without it to nearest, ties to the even code. A negative number that rounds to zero
+        becomes -0 where the element has one.
 
     Returns
     -------
     ndarray of uint8
     """
     steps = ladder(element)
+    codes: Array
     wide = y.astype(np.float64)
-    if uniform is None and element.integral and _consecutive(element):
+    if uniform is None and consecutive(element):
         nearest = np.clip(np.rint(wide), steps.values[0], steps.values[-1])
         codes = np.nan_to_num(nearest).astype(np.int16).astype(np.uint8)
         codes &= np.uint8(2**element.bits - 1)
@@ -103,15 +118,24 @@ def encode(
     if element.nan_code is not None:
         codes[np.isnan(wide)] = element.nan_code
     if overflow != "saturate":
-        _overflow(element, wide, codes, overflow, uniform is not None)
+        outside = beyond(element, wide, stochastic=uniform is not None)
+        if overflow == "raise" and outside.any():
+            first = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise OverflowError(overflow_message(element, int(outside.sum()), first, wide[first]))
+        if overflow == "nan":
+            if element.nan_code is None:
+                raise ValueError(f"overflow: {element.name} has no NaN code; saturate or raise")
+            codes[outside] = element.nan_code
     return codes
 
 
 @lru_cache(maxsize=256)
-def _consecutive(element: Element) -> bool:
+def consecutive(element: Element) -> bool:
     """Two's complement or plain binary: rounding needs no table."""
-    codes = np.arange(2**element.bits)
-    return all(codes == np.array(element.values).astype(np.int64) % 2**element.bits)
+    low, count = element.min, 2**element.bits
+    if low not in (0, -count // 2):
+        return False
+    return element.values == tuple(c - count if c >= count + low else c for c in range(count))
 
 
 def _stochastic(steps: Ladder, y: Array, uniform: Array) -> Array:
@@ -124,23 +148,36 @@ def _stochastic(steps: Ladder, y: Array, uniform: Array) -> Array:
     return np.where(share > uniform, high, low)
 
 
-def _overflow(element: Element, y: Array, codes: Array, policy: str, stochastic: bool) -> None:
+def beyond(element: Element, y: Array, *, stochastic: bool = False) -> Array:
+    """True where a number rounds to something past the ends of the table."""
     steps = ladder(element)
     if stochastic:
-        beyond = (y > steps.values[-1]) | (y < steps.values[0])
-    else:
-        beyond = (y > steps.high_limit) | (y < steps.low_limit)
-    if policy == "nan":
-        if element.nan_code is None:
-            raise ValueError(f"overflow: {element.name} has no NaN code; use 'saturate' or 'raise'")
-        codes[beyond] = element.nan_code
-    elif beyond.any():
-        first = tuple(int(i) for i in np.argwhere(beyond)[0])
-        raise OverflowError(
-            f"overflow='raise': {int(beyond.sum())} scaled values exceed {element.name}'s range "
-            f"[{element.min:g}, {element.max:g}], first at {first}: {y[first]:g}. "
-            "Use overflow='saturate' or a larger scale."
-        )
+        return np.asarray((y > steps.values[-1]) | (y < steps.values[0]))
+    return np.asarray((y > steps.high_limit) | (y < steps.low_limit))
+
+
+def overflow_message(element: Element, count: int, first: tuple[int, ...], value: float) -> str:
+    """What `overflow="raise"` says."""
+    return (
+        f"overflow='raise': {count} scaled values exceed {element.name}'s range "
+        f"[{element.min:g}, {element.max:g}], first at {first}: {value:g}. "
+        "Use overflow='saturate' or a larger scale."
+    )
+
+
+def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
+    """x in another float dtype, rounded once.
+
+    ml_dtypes takes float64 to bfloat16 through float32, which rounds twice.
+    """
+    if x.dtype != np.float64 or dtype != ml_dtypes.bfloat16:
+        return x.astype(dtype)
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32)
+    # Rounding to odd: an inexact number ends in 1, so the second rounding cannot take it for a tie.
+    single = np.where(np.abs(single) > np.abs(x), np.nextafter(single, np.float32(0)), single)
+    single.view(np.uint32)[...] |= single != x
+    return single.astype(dtype)
 
 
 def pack(codes: Array, bits: int) -> Array:

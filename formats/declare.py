@@ -57,10 +57,12 @@ class Element:
 
     @property
     def max(self) -> float:
+        """Largest finite value."""
         return max(v for v in self.values if math.isfinite(v))
 
     @property
     def min(self) -> float:
+        """Smallest finite value."""
         return min(v for v in self.values if math.isfinite(v))
 
     @property
@@ -70,6 +72,7 @@ class Element:
 
     @property
     def nan_code(self) -> int | None:
+        """The first code that means NaN, or None."""
         return next((c for c, v in enumerate(self.values) if math.isnan(v)), None)
 
 
@@ -123,7 +126,10 @@ def codebook(name: str, values: Iterable[float]) -> Element:
 
 
 def _float32(value: float) -> float:
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        raise ValueError(f"values: {value:g} is beyond the largest float32") from None
     return rounded
 
 
@@ -174,8 +180,12 @@ class Format:
             raise ValueError(f"{self.element.name} is no integer, so it cannot have a zero point")
         if isinstance(self.zero, str) and self.zero not in FLOATS:
             raise ValueError(f"zero dtype {self.zero!r} is not one of {', '.join(FLOATS)}")
-        if isinstance(self.zero, Element) and not self.zero.integral:
-            raise ValueError(f"zero element {self.zero.name} is neither an integer nor a float")
+        if isinstance(self.zero, Element):
+            if not self.zero.integral:
+                raise ValueError(f"zero element {self.zero.name} is neither an integer nor a float")
+            # They are stored as int8 or uint8.
+            if self.zero.min < -128 or self.zero.max > (127 if self.zero.min < 0 else 255):
+                raise ValueError(f"zero points of {self.zero.name} do not fit a byte")
         if self.bias and self.zero is not None:
             raise ValueError("a format has a zero point or a bias, not both")
         if self.bias and isinstance(self.scale.element, Element):

@@ -2,18 +2,19 @@
 
     name = base [_block] [_asym | _zint8 | _zf32 | _zf16 | _zbf16 | _bias] [_scaletype] [_ts]
 
-`base` is a declared name; each further word replaces one part of the base's format.
+`base` is a declared name; each further word replaces one part of the base's format, in any order.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lowbit.formats.declare import WHOLE, Element, Format, Named, Scale
+from lowbit.formats.declare import WHOLE, Element, Format, Named
 from lowbit.formats.fp8 import E4M3
 from lowbit.formats.mx import E8M0
 
@@ -53,8 +54,17 @@ def register(named: Named) -> None:
             f"name {named.name!r}: use lower-case words and digits joined by underscores"
         )
     known = declared().get(named.name)
-    if known is not None and known.format.element != named.format.element:
-        raise ValueError(f"name {named.name!r} already stands for another table; choose another")
+    if known is not None:
+        if known.format.element != named.format.element:
+            raise ValueError(
+                f"name {named.name!r} already stands for another table; choose another"
+            )
+        return
+    # "int4_g32" as the name of a table would change what an existing name means.
+    if taken := [word for word in named.name.split("_")[1:] if _is_word(word)]:
+        raise ValueError(
+            f"name {named.name!r}: {taken[0]!r} is a word of format names; choose another"
+        )
     _user[named.name] = named
     _parse.cache_clear()
     spell.cache_clear()
@@ -84,7 +94,7 @@ def _parse(name: str) -> Format:
     base = max(bases, key=len)
     fmt = known[base].format
     seen: set[str] = set()
-    for word in filter(None, name[len(base) :].split("_")):
+    for word in name[len(base) :].split("_")[1:]:
         kind, fmt = _apply(fmt, word, name)
         if kind in seen:
             raise ValueError(f"format {name!r} names its {kind} twice")
@@ -99,7 +109,7 @@ def _apply(fmt: Format, word: str, name: str) -> tuple[str, Format]:
         return "zero point", replace(fmt, zero=fmt.element)
     if word in ZERO_WORDS:
         return "zero point", replace(fmt, zero=ZERO_WORDS[word])
-    if word[0] == "z" and word[1:] in declared():
+    if word.startswith("z") and word[1:] in declared():
         return "zero point", replace(fmt, zero=declared()[word[1:]].format.element)
     if word == "bias":
         return "bias", replace(fmt, bias=True)
@@ -108,10 +118,19 @@ def _apply(fmt: Format, word: str, name: str) -> tuple[str, Format]:
     block = _read_block(word)
     if block is None:
         raise ValueError(
-            f"format {name!r}: {word!r} is neither a block (tensor, row, g128, 128x128) nor "
-            f"asym, zf32, zf16, zbf16, bias, ts, nor a scale type ({', '.join(SCALE_WORDS)})"
+            f"format {name!r}: {word!r} is neither a block (tensor, row, g128, 128x128, allx64) "
+            f"nor asym, zint8, {', '.join(ZERO_WORDS)}, bias, ts, "
+            f"nor a scale type ({', '.join(SCALE_WORDS)})"
         )
     return "block", replace(fmt, scale=replace(fmt.scale, block=block))
+
+
+def _is_word(word: str) -> bool:
+    try:
+        _apply(get("int8_row"), word, word)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_block(word: str) -> tuple[int | None, int | None] | None:
@@ -151,7 +170,7 @@ def spell(fmt: Format) -> str:
     if fmt.bias:
         words.append("bias")
     if fmt.scale.element != "float32":
-        words.append(next(w for w, e in SCALE_WORDS.items() if e == fmt.scale.element))
+        words.append(_word_of(SCALE_WORDS, fmt.scale.element, "scale"))
     if fmt.tensor_scale:
         words.append("ts")
     return "_".join(words)
@@ -166,6 +185,7 @@ def make(
     zero: str | None = None,
     bias: bool = False,
     scale: str | None = None,
+    tensor_scale: bool = False,
 ) -> Format:
     """The format that a constructor builds: `make("int4", group=128)` is `get("int4_g128")`.
 
@@ -178,13 +198,15 @@ def make(
     block : {"tensor", "row"} or (rows, columns), optional
         The same for any block; None in a pair spans the axis.
     asym : bool
-        An integer zero point for each block.
+        A zero point of the element's own kind for each block.
     zero : str, optional
-        A zero point of this float dtype instead.
+        A zero point of this float dtype or integer element instead.
     bias : bool
         An addend for each block instead.
     scale : str, optional
         dtype of the scales: float32, float16, bfloat16, e8m0 or e4m3.
+    tensor_scale : bool
+        One more float32 factor for the whole matrix.
     """
     if group is not None and block is not None:
         raise ValueError(f"group={group} and block={block!r} both say what shares a scale")
@@ -194,23 +216,28 @@ def make(
     if group is not None:
         words.append(f"g{int(group)}")
     elif block is not None:
-        words.append(block if isinstance(block, str) else block_word(block))
+        word = block if isinstance(block, str) else block_word(block)
+        if _read_block(word) is None:
+            raise ValueError(
+                f"block: want 'tensor', 'row' or a pair of whole numbers, got {block!r}"
+            )
+        words.append(word)
     if asym:
         words.append("asym")
     if zero is not None:
-        words.append(_word_of(ZERO_WORDS, zero, "zero"))
+        words.append(f"z{zero}" if zero in declared() else _word_of(ZERO_WORDS, zero, "zero"))
     if bias:
         words.append("bias")
     if scale is not None:
         words.append(_word_of(SCALE_WORDS, scale, "scale"))
+    if tensor_scale:
+        words.append("ts")
     return get("_".join(words))
 
 
-def _word_of(words: dict[str, Element | str] | dict[str, str], value: str, argument: str) -> str:
+def _word_of(words: Mapping[str, Element | str], value: Element | str, argument: str) -> str:
     for word, meaning in words.items():
         if value in (word, meaning):
             return word
     legal = [m if isinstance(m, str) else w for w, m in words.items()]
     raise ValueError(f"{argument}: want one of {', '.join(legal)}, got {value!r}")
-
-

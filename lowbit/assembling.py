@@ -101,6 +101,8 @@ def _scales(fmt: Format, given: Any, grid: tuple[int, ...]) -> Array:
 
 def _shaped(given: Any, grid: tuple[int, ...], argument: str, fmt: Format) -> Array:
     array, _ = interop.to_numpy(given, argument)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.shape != grid:
         # A vector's blocks may come without the axis of rows; a tensor scale as one number.
         if array.size == int(np.prod(grid)) and array.shape in (grid[1:], ()):
@@ -145,7 +147,9 @@ def _tensor_scale(fmt: Format, given: Any, lead: tuple[int, ...]) -> Array | Non
         return None
     if given is None:
         raise ValueError(f"tensor_scale: {fmt.name} needs it, one float32 for each matrix")
-    array = np.asarray(interop.to_numpy(given, "tensor_scale")[0], np.float32)
+    array, _ = interop.to_numpy(given, "tensor_scale")
+    checks.floating(array, "tensor_scale")
+    array = array.astype(np.float32, copy=False)
     if array.shape != lead and array.size == int(np.prod(lead)):
         array = array.reshape(lead)
     if array.shape != lead:

@@ -195,6 +195,7 @@ def quantize(
         nonfinite=nonfinite,
         rounding=rounding,
         seed=seed,
+        place=lambda i: i[1:] if vector else (*i[:-2], i[-1], i[-2]) if transposed else i,
     )
     dtype = values.dtype.newbyteorder("=")
     result = QArray._of(parts, dtype, transposed=transposed, vector=vector)
@@ -219,7 +220,9 @@ def _static(given: Any, fmt: Format, shape: tuple[int, ...], argument: str) -> A
             )
     if argument == "zero" and fmt.zero is None:
         raise ValueError(f"zero: {fmt.name} has no zero points")
-    wanted = shape[:-2] if fmt.tensor_scale else (*shape[:-2], *fmt.grid((shape[-2], shape[-1])))
+    wanted = (*shape[:-2], *fmt.grid((shape[-2], shape[-1])))
+    if argument == "scale" and fmt.tensor_scale:
+        wanted = shape[:-2]
     try:
         np.broadcast_to(array, wanted)
     except ValueError:
@@ -234,9 +237,15 @@ def _write(result: QArray, out: QArray) -> QArray:
     if not isinstance(out, QArray):
         raise TypeError(f"out: want a QArray, got {type(out).__name__}")
     if (out.format, out.shape, out.dtype, out.layout, out._transposed) != (
-        result.format, result.shape, result.dtype, "rows", result._transposed,
+        result.format,
+        result.shape,
+        result.dtype,
+        "rows",
+        result._transposed,
     ):
         raise ValueError(f"out: want {result!r}, got {out!r}")
+    if out._columns is not None or out._divisor is not None:
+        raise ValueError("out: it permutes or divides columns, which fresh codes do not")
     held, fresh = out._rows(), result._rows()
     for name in ("codes", "scales", "zeros", "biases", "tensor_scale"):
         target = getattr(held, name)
