@@ -197,9 +197,11 @@ class QArray:
 
     @property
     def codes(self) -> Array:
-        """Packed codes, read-only: (..., rows, bytes) uint8, each row a little-endian bit stream
-        padded to a byte; 8-bit elements keep their own dtype. Rows are those of the array that
-        was quantized, so `.T` leaves them as they are."""
+        """Packed codes, read-only: (..., rows, bytes) uint8.
+
+        Each row is a little-endian bit stream padded to a byte; 8-bit elements keep their own
+        dtype. Rows are those of the array that was quantized, so `.T` leaves them as they are.
+        """
         element = self.format.element
         parts: Array = self._public(self._rows().codes, element if element.bits == 8 else None)
         return parts
@@ -235,12 +237,14 @@ class QArray:
     @property
     def columns(self) -> Array | None:
         """Permutation: stored column j holds logical column columns[j]; None is the identity."""
-        return self._columns
+        columns: Array | None = self._public(self._columns, None)
+        return columns
 
     @property
     def divisor(self) -> Array | None:
         """float32 divisor of each logical column (AWQ, SmoothQuant), or None."""
-        return self._divisor
+        divisor: Array | None = self._public(self._divisor, None)
+        return divisor
 
     # Values
 
@@ -281,7 +285,8 @@ class QArray:
             ordered[..., self._columns] = out
             out = ordered
         if self._vector:
-            return out[0]
+            values: Array = out[0]
+            return values
         return out.swapaxes(-1, -2) if self._transposed else out
 
     def prepare(self) -> QArray:
@@ -324,6 +329,9 @@ class QArray:
         from lowbit import shaping
 
         axes = list(range(self.ndim))
+        for axis in (first, second):
+            if not -self.ndim <= axis < self.ndim:
+                raise ValueError(f"swapaxes: axis {axis} is out of range for {self.ndim} axes")
         axes[first], axes[second] = axes[second], axes[first]
         return shaping.transpose(self, (axes,))
 
@@ -356,10 +364,9 @@ class QArray:
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        p = self._rows()
-        parts = (p.format, p.shape, p.codes, p.scales, p.zeros, p.biases, p.tensor_scale)
-        view = (self._dtype.name, self._transposed, self._vector, self._columns, self._divisor)
-        return _restore, (parts, view)
+        from lowbit import pickling
+
+        return pickling.reduce(self)
 
     def to_device(self, device: str, /, *, stream: Any = None) -> QArray:
         """Return the array on a device: "cpu" is the only one of this build."""
@@ -461,17 +468,3 @@ class QArray:
         from lowbit import render
 
         return render.rich_table(self)
-
-
-def _restore(parts: tuple[Any, ...], view: tuple[Any, ...]) -> QArray:
-    from lowbit import checks
-
-    name, transposed, vector, columns, divisor = view
-    return QArray._of(
-        Packed(*parts),
-        checks.float_dtype(name, "dtype"),
-        transposed=transposed,
-        vector=vector,
-        columns=columns,
-        divisor=divisor,
-    )

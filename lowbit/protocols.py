@@ -45,9 +45,11 @@ def _swapaxes(a: QArray, axis1: int, axis2: int) -> QArray:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.dot: lambda a, b, out=None: _dot(a, b, out),
-    np.einsum: lambda subscripts, *operands, out=None: einsums.einsum(subscripts, *operands, out=out),
+    np.einsum: lambda subscripts, *operands, out=None, optimize=False: einsums.einsum(
+        subscripts, *operands, out=out
+    ),
     np.concatenate: _concatenate,
-    np.vstack: lambda tup: shaping.concatenate(tup, 0),
+    np.vstack: lambda tup: shaping.concatenate([_row(a) for a in tup]),
     np.stack: shaping.stack,
     np.split: lambda ary, indices_or_sections, axis=0: shaping.split(
         ary, indices_or_sections, axis
@@ -58,7 +60,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.transpose: lambda a, axes=None: a.transpose(axes),
     np.matrix_transpose: lambda x, /: x.mT,
     np.swapaxes: _swapaxes,
-    np.reshape: lambda a, /, shape, **kw: a.reshape(shape),
+    np.reshape: lambda a, /, shape, order="C": _reshape(a, shape, order),
     np.copy: lambda a: a.copy(),
     np.shape: lambda a: a.shape,
     np.ndim: lambda a: a.ndim,
@@ -68,16 +70,26 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _row(a: Any) -> Any:
+    return a.reshape(1, -1) if isinstance(a, QArray) and a.ndim == 1 else a
+
+
+def _reshape(a: QArray, shape: Any, order: str) -> QArray:
+    if order != "C":
+        raise TypeError(f"numpy.reshape of a QArray keeps rows together: order='C', got {order!r}")
+    return a.reshape(shape)
+
+
 def _dot(a: Any, b: Any, out: Any = None) -> Any:
-    if np.ndim(a) > 2 and np.ndim(b) > 2:
-        raise TypeError("numpy.dot of two stacks pairs every matrix with every other; use matmul")
+    if np.ndim(a) > 1 and np.ndim(b) > 2:
+        raise TypeError("numpy.dot with a stack pairs every matrix with every other; use matmul")
     return matmul(a, b, out=out)
 
 
 def _inner(a: Any, b: Any) -> Any:
-    if b.ndim > 2:
-        raise TypeError("numpy.inner with a stack is not supported; use lowbit.linear")
-    return linear(a, b)
+    if np.ndim(b) > 2:
+        raise TypeError("numpy.inner with a stack pairs every row with every other; use matmul")
+    return matmul(a, b) if np.ndim(b) < 2 else linear(a, b)
 
 
 def array_function(func: Any, args: Any, kwargs: Any) -> Any:
@@ -90,7 +102,7 @@ def array_function(func: Any, args: Any, kwargs: Any) -> Any:
     try:
         return handler(*args, **kwargs)
     except TypeError as error:
-        if "unexpected keyword" in str(error) or "positional argument" in str(error):
+        if "keyword argument" in str(error) or "positional argument" in str(error):
             raise TypeError(
                 f"numpy.{func.__name__} of a QArray does not take these arguments: {error}"
             ) from None

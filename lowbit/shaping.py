@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ def copy(w: QArray) -> QArray:
 def transpose(w: QArray, axes: tuple[Any, ...]) -> QArray:
     """Leading axes in any order; the last two stay the last two."""
     if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], (tuple, list))):
-        axes = axes[0] or ()
+        axes = tuple(axes[0] or ())
     if not axes:
         return w.T
     ndim = w.ndim
@@ -94,15 +95,16 @@ def reshape(w: QArray, shape: tuple[Any, ...]) -> QArray:
             )
         parts = per_row(parts)
     lead = wanted[:-2]
-    changed = _each(parts, wanted, lambda p: p.reshape(*wanted[:-1], p.shape[-1])) if (
-        parts.format.scale.block[0] == 1
-    ) else _each(parts, wanted, lambda p: p.reshape(*lead, *p.shape[-2:]))
-    if parts.tensor_scale is not None:
-        scale = parts.tensor_scale
-        again = scale.reshape(lead) if scale.size == math.prod(lead) else np.broadcast_to(
-            scale.reshape(()), lead
-        )
-        changed = replace(changed, tensor_scale=again)
+    changed = (
+        _each(parts, wanted, lambda p: p.reshape(*wanted[:-1], p.shape[-1]))
+        if (parts.format.scale.block[0] == 1)
+        else _each(parts, wanted, lambda p: p.reshape(*lead, *p.shape[-2:]))
+    )
+    second = parts.tensor_scale
+    if second is not None and second.shape != lead:
+        if second.size != math.prod(lead):
+            second = np.full(lead, second.item() if second.size == 1 else 1, np.float32)
+        changed = replace(changed, tensor_scale=second.reshape(lead))
     return w._with(changed, vector=vector)
 
 
@@ -124,6 +126,9 @@ def _fill(shape: Sequence[Any], size: int) -> tuple[int, ...]:
 
 def _alike(arrays: Sequence[Any], action: str) -> list[QArray]:
     """Refuse what cannot be joined without changing a value."""
+    if isinstance(arrays, QArray):
+        raise TypeError(f"{action}: want a sequence of QArrays, got one QArray")
+    arrays = list(arrays)
     if not arrays:
         raise ValueError(f"{action}: need at least one array")
     for a in arrays:
@@ -141,12 +146,20 @@ def _alike(arrays: Sequence[Any], action: str) -> list[QArray]:
             )
         if a._transposed != first._transposed or a._vector != first._vector:
             raise ValueError(f"{action}: some arrays are transposed and some are not")
-        for mine, other in ((first._columns, a._columns), (first._divisor, a._divisor)):
-            if (mine is None) != (other is None) or (
-                mine is not None and not np.array_equal(mine, other)
-            ):
-                raise ValueError(f"{action}: column permutations and divisors have to agree")
-    return list(arrays)
+    return arrays
+
+
+def _same_columns(pieces: list[QArray], action: str) -> None:
+    """Refuse pieces whose columns stand in another order or are divided by other numbers."""
+    if _differ([p._columns for p in pieces]) or _differ([p._divisor for p in pieces]):
+        raise ValueError(f"{action}: column permutations and divisors have to agree")
+
+
+def _differ(parts: list[Array | None]) -> bool:
+    first = parts[0]
+    if first is None:
+        return any(p is not None for p in parts)
+    return any(p is None or not np.array_equal(first, p) for p in parts)
 
 
 def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
@@ -169,6 +182,8 @@ def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
     ndim = pieces[0].ndim
     if any(p.ndim != ndim for p in pieces):
         raise ValueError("concatenate: arrays have different numbers of axes")
+    if axis is None:
+        raise TypeError("concatenate: axis=None would flatten the arrays; name an axis")
     if not -ndim <= axis < ndim:
         raise ValueError(f"concatenate: axis {axis} is out of range for {ndim} axes")
     position = axis % ndim - ndim
@@ -177,6 +192,7 @@ def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
     parts = [p._rows() for p in pieces]
     if pieces[0]._vector or position == -1:
         return pieces[0]._with(_join_columns(parts), divisor=_join_divisors(pieces))
+    _same_columns(pieces, "concatenate")
     if position == -2:
         return pieces[0]._with(_join_rows(parts))
     parts = _same_format(parts)
@@ -186,15 +202,20 @@ def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
 
 
 def _join_divisors(pieces: list[QArray]) -> Array | None:
-    if pieces[0]._columns is not None:
+    if any(p._columns is not None for p in pieces):
         raise ValueError("concatenate: column permutations cannot be joined along the columns")
-    found = [p._divisor for p in pieces if p._divisor is not None]
-    return np.concatenate(found) if found else None
+    found = [p._divisor for p in pieces]
+    if all(d is None for d in found):
+        return None
+    if any(d is None for d in found):
+        raise ValueError("concatenate: some arrays have a divisor and some have none")
+    return np.concatenate(found)  # type: ignore[arg-type]
 
 
 def _join(parts: list[Packed], at: int) -> Packed:
     joined = [
-        None if getattr(parts[0], name) is None
+        None
+        if getattr(parts[0], name) is None
         else np.concatenate([getattr(p, name) for p in parts], at)
         for name in ("codes", "scales", "zeros", "biases")
     ]
@@ -234,11 +255,10 @@ def _join_rows(parts: list[Packed]) -> Packed:
     if size is WHOLE or any(p.shape[at] % size for p in parts[:-1]):
         parts = [per_row(p) for p in parts]
     parts = _same_format(parts)
-    second = parts[0].tensor_scale
-    if second is not None and any(not np.array_equal(second, p.tensor_scale) for p in parts):
+    if _differ([p.tensor_scale for p in parts]):
         raise ValueError(
             f"concatenate: {parts[0].format.name} matrices with different tensor scales cannot "
-            "form one matrix exactly; stack them, or quantize the joined values"
+            "form one matrix exactly; give them a leading axis, or quantize the joined values"
         )
     return _join(parts, at)
 
@@ -253,9 +273,7 @@ def _join_columns(parts: list[Packed]) -> Packed:
             f"concatenate: {fmt.name} has one scale for whole rows, which cannot be joined along "
             "them; quantize the joined values"
         )
-    if fmt.tensor_scale and any(
-        not np.array_equal(parts[0].tensor_scale, p.tensor_scale) for p in parts
-    ):
+    if _differ([p.tensor_scale for p in parts]):
         raise ValueError(f"concatenate: {fmt.name} matrices have different tensor scales")
     step = column_alignment(fmt)
     if any(p.shape[-1] % step for p in parts[:-1]):
@@ -277,6 +295,7 @@ def stack(arrays: Sequence[Any], axis: int = 0) -> QArray:
         Position of the new axis in the result; the last two places are taken by the matrices.
     """
     pieces = _alike(arrays, "stack")
+    _same_columns(pieces, "stack")
     if any(p.shape != pieces[0].shape for p in pieces):
         raise ValueError(f"stack: shapes differ: {[p.shape for p in pieces]}")
     ndim = pieces[0].ndim + 1
@@ -295,9 +314,7 @@ def stack(arrays: Sequence[Any], axis: int = 0) -> QArray:
     grown = [
         replace(
             _each(p, (*p.shape[:at], 1, *p.shape[at:]), lambda a: np.expand_dims(a, at)),
-            tensor_scale=None
-            if p.tensor_scale is None
-            else np.expand_dims(p.tensor_scale, at),
+            tensor_scale=None if p.tensor_scale is None else np.expand_dims(p.tensor_scale, at),
         )
         for p in parts
     ]
@@ -333,4 +350,4 @@ def split(w: QArray, sections: Any, axis: int = 0, *, exact: bool = True) -> lis
     else:
         cuts = [0, *(int(c) for c in sections), length]
     lead = (slice(None),) * axis
-    return [w[(*lead, slice(a, b))] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [w[(*lead, slice(a, b))] for a, b in itertools.pairwise(cuts)]

@@ -322,8 +322,9 @@ def test_columns_take_their_divisors_along():
     w = lb.from_parts(plain.format, plain.codes, plain.scales, divisor=np.arange(1.0, 17))
     assert np.array_equal(w[:, 8:].dequantize(), w.dequantize()[:, 8:])
     assert np.array_equal(w.T[8:, 2].dequantize(), w.dequantize()[2, 8:])
-    assert w[:, 8:].divisor is not None
-    assert w[:, 8:].divisor.tolist() == [*range(9, 17)]
+    divisor = w[:, 8:].divisor
+    assert divisor is not None
+    assert divisor.tolist() == [*range(9, 17)]
 
 
 # Refused
