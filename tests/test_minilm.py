@@ -243,6 +243,15 @@ def test_what_is_not_bert_is_refused(tmp_path: Path, change: dict[str, Any], wor
         bert.load(tmp_path)
 
 
+def test_transposed_weights_are_refused(tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path)
+    name = "encoder.layer.1.output.dense.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(bert.CheckpointError, match=r"is \(96, 64\), config.json says \(64, 96\)"):
+        bert.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_missing_and_broken_files_are_named(folder: Path, name: str) -> None:
     whole = (folder / name).read_bytes()
@@ -563,7 +572,9 @@ def test_labels_cover_nothing() -> None:
     assert (boxes[:, 2:] <= inside[2:]).all()
 
 
-def test_saved_picture_has_its_labels_where_they_were_put(tmp_path: Path) -> None:
+def test_saved_picture_has_its_labels_where_they_were_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A layout that moves the axes while it saves would leave the labels behind."""
     figures = [(3.98, 0.17), (5.31, 0.829), *((5.97, c) for c in (0.974, 0.9747, 0.952))]
     figures += [(10.7, 0.99963), (10.7, 0.99854), (10.7, 0.99743), (10.7, 0.99773), (10.95, 0.9985)]
@@ -583,6 +594,10 @@ def test_saved_picture_has_its_labels_where_they_were_put(tmp_path: Path) -> Non
         assert math.hypot(np.clip(x, *box[::2]) - x, np.clip(y, *box[1::2]) - y) < 120
     boxes = np.array(list(labels.values()))
     assert (picture._overlaps(boxes, boxes) == np.eye(len(boxes), dtype=bool)).all()
+    arrange, outside = picture._arrange, np.array([900, 0, 900, 0])
+    monkeypatch.setattr(picture, "_arrange", lambda *given: arrange(*given) + outside)
+    moved = picture.draw(points, 42.5, "title", str(tmp_path / "b.png"))
+    assert moved.axes[0].get_position().bounds == axes.get_position().bounds
 
 
 @pytest.mark.parametrize("cosines", [[], [1.0], [0.99, -0.2]])
