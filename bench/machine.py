@@ -23,7 +23,9 @@ def describe() -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": lb.get_num_threads(),
         "isa": isa.host().name,
         "python": platform.python_version(),
@@ -41,4 +43,6 @@ def _processor() -> str:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     names = ("model name", "cpu family", "model")
-    return ", ".join(f"{n} {fields[n]}" if n != "model name" else fields[n] for n in names if n in fields)
+    return ", ".join(
+        f"{n} {fields[n]}" if n != "model name" else fields[n] for n in names if n in fields
+    )

@@ -77,8 +77,13 @@ class Words16:
         biases = None if self.biases is None else self.biases[lead]
         second = None if self.tensor_scale is None else self.tensor_scale[lead]
         return replace(
-            self, shape=self.shape[-2:], codes=self.codes[lead], scales=self.scales[lead],
-            zeros=zeros, biases=biases, tensor_scale=second,
+            self,
+            shape=self.shape[-2:],
+            codes=self.codes[lead],
+            scales=self.scales[lead],
+            zeros=zeros,
+            biases=biases,
+            tensor_scale=second,
         )
 
 

@@ -48,13 +48,13 @@ class Explanation:
         moved, computed = self.floors
         floor = max(moved, computed)
         chosen = next(v for v in self.verdicts if v.kernel.name == self.kernel)
+        pair = f"({p.m}, {p.k}) {x} @ ({p.n}, {p.k}) {p.w.name}.T -> {p.out}"
+        share = 100 * floor / (chosen.seconds or floor)
         lines = [
-            f"({p.m}, {p.k}) {x} @ ({p.n}, {p.k}) {p.w.name}.T -> {p.out} on {p.device}, "
-            f"{p.threads} threads",
+            f"{pair} on {p.device}, {p.threads} threads",
             f"{p.bytes:,} bytes, {p.operations:,} operations",
             f"floors (estimated machine): {_time(moved)} to move, {_time(computed)} to compute",
-            f"expected share of the floor: {100 * floor / (chosen.seconds or floor):.0f} % "
-            f"(costs are estimated)",
+            f"expected share of the floor: {share:.0f} % (costs are estimated)",
             f"rounding: {chosen.kernel.roundings(p).note}",
         ]
         for v in self.verdicts:
@@ -106,14 +106,15 @@ def explain(
     >>> lb.explain(np.ones((1, 64), np.float32), w).problem.k
     64
     """
-    from lowbit import products
+    from lowbit import dispatch, products
+    from lowbit.kernels.cpu import pool
 
-    left, right, _ = products._operands(x, w)
+    left, right, _ = products.operands_of(x, w)
     note = ""
     if isinstance(right, QArray) and not isinstance(left, QArray):
-        if products._rearranged(right) and right._transposed:
+        if dispatch.rearranged(right) and right._transposed:
             note = "x is divided and permuted first, as the weight's columns ask"
-        left, right = products._adapt(left, right)
+        left, right = products.adapt(left, right)
     shapes = [s.shape for s in (left, right)]
     m = 1 if len(shapes[0]) == 1 else int(np.prod(shapes[0][:-1]))
     n = 1 if len(shapes[1]) == 1 else shapes[1][-1]
@@ -143,10 +144,21 @@ def explain(
         w_along, x_along, layout = x_along, True, left.layout
         epilogue, note = (False, None, None), "computed as the transpose of w.T @ x.T"
     stated = Problem(
-        m, n, k, x_kind, w_kind, dtype.name, epilogue[0], epilogue[1],
+        m,
+        n,
+        k,
+        x_kind,
+        w_kind,
+        dtype.name,
+        epilogue[0],
+        epilogue[1],
         None if epilogue[2] is None else dtype.name,
-        x_along, w_along, layout, batch_invariant, products._device(),
-        products.pool.get_num_threads(),
+        x_along,
+        w_along,
+        layout,
+        batch_invariant,
+        dispatch.device(),
+        pool.get_num_threads(),
     )
     chosen = choose(stated, kernel)
     return Explanation(stated, judge(stated), chosen.kernel.name, note)

@@ -50,9 +50,7 @@ _matmul = Primitive("lowbit_matmul")
 def _callback(*operands: Any, call: Call) -> Any:
     # JAX runs batches of a callback one by one: what a leading axis of the bias or the residual
     # would mean to matmul is not what vmap means.
-    return jax.pure_callback(
-        call, call.shape(operands[0]), *operands, vmap_method="sequential"
-    )
+    return jax.pure_callback(call, call.shape(operands[0]), *operands, vmap_method="sequential")
 
 
 def _abstract(x: Any, *rest: Any, call: Call) -> Any:

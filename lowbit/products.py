@@ -1,41 +1,22 @@
-"""The product: operands made alike, the problem stated, the chosen kernel run."""
+"""The product at the border: what comes in is checked and made alike, then dispatched."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import checks, interop, kernels, tracing
+from lowbit import checks, interop, tracing
 from lowbit.array import QArray
-from lowbit.formats import Format, reference
-from lowbit.formats.reference import Packed
-from lowbit.kernels import Epilogue, Problem, Run
-from lowbit.kernels.cpu import isa, operands, pool
+from lowbit.dispatch import PLAIN, Options, weight_left, weight_right
+from lowbit.formats import Format
+from lowbit.kernels import Epilogue
 from lowbit.kernels.declare import ACTIVATIONS
-from lowbit.kernels.reference import finish
-from lowbit.kernels.words16 import Words16
 from lowbit.quantizing import quantize
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a call asks for beyond its operands."""
-
-    out_dtype: np.dtype[Any] | None = None
-    activation: str | None = None
-    batch_invariant: bool = False
-    kernel: str | None = None
-
-
-PLAIN = Options()
-_MOST_PLANS = 64  # of one weight: as many row counts and options as are remembered
 
 
 def matmul(
@@ -119,7 +100,7 @@ def matmul(
             batch_invariant=batch_invariant,
             kernel=kernel,
         )
-    left, right, origin = _operands(x, w)
+    left, right, origin = operands_of(x, w)
     options = PLAIN
     if activation is not None or out_dtype is not None or batch_invariant or kernel is not None:
         if activation is not None:
@@ -132,9 +113,9 @@ def matmul(
             raise ValueError(f"out has dtype {target.dtype}, out_dtype asks {options.out_dtype}")
         options = Options(target.dtype, activation, bool(batch_invariant), kernel)
     if isinstance(right, QArray) and not isinstance(left, QArray):
-        left, right = _adapt(left, right)
+        left, right = adapt(left, right)
     if x_format is not None:
-        left = _quantized(left, checks.as_format(x_format, "x_format"), x_scale)
+        left = quantized(left, checks.as_format(x_format, "x_format"), x_scale)
     elif x_scale is not None:
         raise ValueError("x_scale: static scales go with x_format=")
     factor = 1.0 if alpha == 1.0 else checks.finite_scalar(alpha, "alpha")
@@ -175,7 +156,8 @@ def linear(x: Any, w: Any, **options: Any) -> Any:
     return matmul(x, transposed, **options)
 
 
-def _operands(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop.Origin]:
+def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop.Origin]:
+    """Both operands as NumPy arrays or QArrays, and where the result goes."""
     origin = interop.NUMPY
     sides: list[Array | QArray] = []
     for operand, argument in ((x, "x"), (w, "w")):
@@ -205,7 +187,8 @@ def _target(out: Any) -> Array:
     return array
 
 
-def _quantized(left: Array | QArray, fmt: Format, scale: Any) -> QArray:
+def quantized(left: Array | QArray, fmt: Format, scale: Any) -> QArray:
+    """The left operand in the format that `x_format` asks for."""
     if isinstance(left, QArray):
         raise TypeError(
             f"x_format: x is quantized already, as {left.format.name}; leave x_format out"
@@ -213,7 +196,7 @@ def _quantized(left: Array | QArray, fmt: Format, scale: Any) -> QArray:
     return quantize(left, fmt, scale=scale)
 
 
-def _adapt(x: Array, w: QArray) -> tuple[Array, QArray]:
+def adapt(x: Array, w: QArray) -> tuple[Array, QArray]:
     """Move a weight's divisor and column permutation over to x, where both meet K."""
     if (w._divisor is None and w._columns is None) or not w._transposed or x.ndim == 0:
         return x, w
@@ -233,11 +216,6 @@ def promoted(left: np.dtype[Any], right: np.dtype[Any]) -> np.dtype[Any]:
     if {left.name, right.name} == {"float16", "bfloat16"}:
         return np.dtype(np.float32)
     return np.promote_types(left, right).newbyteorder("=")
-
-
-@cache
-def _device() -> str:
-    return f"cpu:{isa.host().name}"
 
 
 def _product(
@@ -274,10 +252,10 @@ def _product(
     )
     out = interop.empty(shape, dtype)
     if isinstance(right, QArray):
-        _right(left, right, after, out, options)
+        weight_right(left, right, after, out, options)
     else:
         assert isinstance(left, QArray)
-        _left(left, right, after, out, options)
+        weight_left(left, right, after, out, options)
     if drop_rows or drop_columns:
         kept = [*lead, *([] if drop_rows else [shape[-2]]), *([] if drop_columns else [shape[-1]])]
         return out.reshape(kept)
@@ -332,181 +310,3 @@ def _epilogue(
                 f"residual: {held[1].shape} does not broadcast to the result, {shape}"
             ) from None
     return Epilogue(alpha, held[0], activation, held[1])
-
-
-def _right(left: Array | QArray, w: QArray, after: Epilogue, out: Array, options: Options) -> None:
-    """The weight is on the right: the kernels' own orientation."""
-    if _rearranged(left) or _rearranged(w):
-        _exact(left, w, after, out)
-        return
-    parts = w._parts
-    if isinstance(left, QArray) and left.ndim > 2 and len(parts.shape) == 2 and _flattens(left):
-        rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
-        left, after = left.reshape(rows, left.shape[-1]), _flat(after, rows, columns)
-        out = out.reshape(rows, columns)
-    x_along = not (isinstance(left, QArray) and left._transposed)
-    x: Any = left._rows() if isinstance(left, QArray) else left
-    if len(parts.shape) == 2:
-        rows, columns = out.shape[-2:]
-        if len(x.shape) > 2 and not isinstance(left, QArray):
-            rows = math.prod(out.shape[:-1])
-            x = x.reshape(rows, x.shape[-1])
-            after = _flat(after, rows, columns)
-            out = out.reshape(rows, columns)
-        if len(x.shape) == 2:
-            plans = w._content.plans
-            _matrix(x, x_along, parts, w._transposed, after, out, options, plans)
-            return
-    for index in np.ndindex(out.shape[:-2]):
-        _matrix(
-            _lead(x, index),
-            x_along,
-            _lead(parts, index),
-            w._transposed,
-            _at(after, index),
-            out[index],
-            options,
-            {},
-        )
-
-
-def _flattens(left: QArray) -> bool:
-    """Every row has scales of its own, so a stack of matrices is one tall matrix."""
-    fmt = left.format
-    return not left._transposed and fmt.scale.block[0] == 1 and not fmt.tensor_scale
-
-
-def _rearranged(operand: Array | QArray) -> bool:
-    return isinstance(operand, QArray) and (
-        operand._columns is not None or operand._divisor is not None
-    )
-
-
-def _exact(left: Array | QArray, right: Array | QArray, after: Epilogue, out: Array) -> None:
-    """A product that no kernel describes: float64 values, one rounding at the end."""
-    values = [s.dequantize(np.float64) if isinstance(s, QArray) else s for s in (left, right)]
-    out[...] = finish(reference.matmul(values[0], values[1]), after)
-
-
-def _flat(after: Epilogue, rows: int, columns: int) -> Epilogue:
-    if after.residual is None:
-        return after
-    flat = after.residual.reshape(rows, columns)
-    return Epilogue(after.alpha, after.bias, after.activation, flat)
-
-
-def _at(after: Epilogue, index: tuple[int, ...]) -> Epilogue:
-    if after.residual is None:
-        return after
-    return Epilogue(after.alpha, after.bias, after.activation, after.residual[index])
-
-
-def _lead(operand: Any, index: tuple[int, ...]) -> Any:
-    """One matrix of an operand whose leading axes broadcast."""
-    lead = operand.shape[:-2]
-    if not lead:
-        return operand
-    own = index[len(index) - len(lead) :]
-    own = tuple(0 if length == 1 else i for i, length in zip(own, lead, strict=True))
-    if isinstance(operand, Words16):
-        return operand[own]
-    if isinstance(operand, Packed):
-        return reference.take(operand, own, slice(0, operand.shape[-2]))
-    return operand[own]
-
-
-def _left(w: QArray, right: Array, after: Epilogue, out: Array, options: Options) -> None:
-    """The weight is on the left: the kernels compute the transpose, the epilogue follows."""
-    if _rearranged(w):
-        _exact(w, right, after, out)
-        return
-    turned = right.swapaxes(-1, -2)
-    plain = Epilogue(1.0)
-    wide = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
-    for index in np.ndindex(out.shape[:-2]):
-        product = interop.empty((out.shape[-1], out.shape[-2]), wide)
-        _matrix(
-            _lead(turned, index),
-            True,
-            _lead(w._parts, index),
-            not w._transposed,
-            plain,
-            product,
-            Options(wide, None, options.batch_invariant, options.kernel),
-            {},
-        )
-        one = _at(after, index)
-        if one == plain:
-            out[index] = product.T
-        else:
-            out[index] = finish(product.T.astype(np.float64), one)
-
-
-def problem(
-    x: Any, x_along: bool, w: Any, w_along: bool, after: Epilogue, out: str, options: Options
-) -> Problem:
-    """State a product of two matrices: w stored (N, K) where w_along, else (K, N)."""
-    stored = w.shape
-    n, k = stored if w_along else stored[::-1]
-    return Problem(
-        x.shape[0] if x_along else x.shape[1],
-        n,
-        k,
-        x.format if isinstance(x, Packed) else x.dtype.name,
-        w.format,
-        out,
-        after.bias is not None,
-        after.activation,
-        None if after.residual is None else after.residual.dtype.name,
-        x_along,
-        w_along,
-        "words16" if isinstance(w, Words16) else "rows",
-        options.batch_invariant,
-        _device(),
-        pool.get_num_threads(),
-    )
-
-
-def _matrix(
-    x: Any,
-    x_along: bool,
-    w: Any,
-    w_along: bool,
-    after: Epilogue,
-    out: Array,
-    options: Options,
-    plans: dict[Any, Run],
-) -> None:
-    """One product of two matrices into `out`; `plans` remembers kernels bound to this weight."""
-    if isinstance(w, Words16) and not w_along:
-        w, plans = w.rows(), {}
-    residual = after.residual
-    if residual is not None and not (
-        residual.dtype.isnative
-        and residual.flags.aligned
-        and residual.strides[-1] == residual.itemsize
-    ):
-        residual = np.ascontiguousarray(residual, residual.dtype.newbyteorder("="))
-        after = Epilogue(after.alpha, after.bias, after.activation, residual)
-    key = (
-        x.shape,
-        x.format if isinstance(x, Packed) else x.dtype,
-        x_along,
-        w_along,
-        out.dtype,
-        after.bias is None,
-        after.activation,
-        None if residual is None else residual.dtype,
-        options,
-        pool.get_num_threads(),
-    )
-    run = plans.get(key)
-    if run is None:
-        stated = problem(x, x_along, w, w_along, after, out.dtype.name, options)
-        held = operands.contiguous_parts(w)
-        run = kernels.prepared(stated, options.kernel)(held)
-        if held is w:  # else a plan would keep a copy of the weight
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = run
-    run(x, after, out)

@@ -73,9 +73,7 @@ def _word(value: Any, argument: str) -> str:
     return text[6:] if text.startswith("torch.") else checks.float_dtype(value, argument).name
 
 
-def result_shape(
-    dense: tuple[int, ...], weight: tuple[int, ...], left: bool
-) -> tuple[int, ...]:
+def result_shape(dense: tuple[int, ...], weight: tuple[int, ...], left: bool) -> tuple[int, ...]:
     """Shape of the product as numpy.matmul has it; ValueError where the axes do not fit."""
     first, second = (weight, dense) if left else (dense, weight)
     rows = first if len(first) > 1 else (1, *first)

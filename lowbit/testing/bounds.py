@@ -35,7 +35,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import checks, interop, products
+from lowbit import checks, dispatch, interop, products
 from lowbit.array import QArray
 from lowbit.explaining import explain
 from lowbit.kernels import Roundings
@@ -253,19 +253,19 @@ def exact(
     )
     chosen = next(v.kernel for v in explanation.verdicts if v.kernel.name == explanation.kernel)
     inner = outer = chosen.roundings(explanation.problem)
-    left, right, _ = products._operands(x, w)
+    left, right, _ = products.operands_of(x, w)
     divided = None
     if isinstance(right, QArray) and not isinstance(left, QArray):
         if right.divisor is not None and x_format is None:
             divided = np.promote_types(left.dtype, np.float32).name
-        narrow, _ = products._adapt(left, right)
-        left, right = products._adapt(left.astype(np.float64), right)
+        narrow, _ = products.adapt(left, right)
+        left, right = products.adapt(left.astype(np.float64), right)
         if x_format is not None:
-            left = products._quantized(narrow, checks.as_format(x_format, "x_format"), x_scale)
+            left = products.quantized(narrow, checks.as_format(x_format, "x_format"), x_scale)
     apart = not isinstance(right, QArray)
     if apart:
         outer = Roundings("float64", 4, activation=ACTIVATION_ERROR)
-    if any(products._rearranged(operand) for operand in (left, right)):
+    if any(dispatch.rearranged(operand) for operand in (left, right)):
         inner = outer = Roundings("float64", left.shape[-1] + 12, activation=ACTIVATION_ERROR)
     dtype = checks.float_dtype(explanation.problem.out, "out_dtype")
     path = _Path(inner, outer, divided, dtype, apart)
