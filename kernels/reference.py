@@ -10,6 +10,7 @@ import numpy as np
 from lowbit.formats import reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
+from lowbit.kernels.words16 import Words16
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
@@ -52,6 +53,8 @@ def finish(product: Array, epilogue: Epilogue) -> Array:
 
 def _values(operand: Any, along: bool) -> Array:
     """float64 (rows, K) of either operand."""
+    if isinstance(operand, Words16):
+        operand = operand.rows()
     if isinstance(operand, Packed):
         values = reference.dequantize(operand)
         return values if along else values.swapaxes(-1, -2)
@@ -61,7 +64,7 @@ def _values(operand: Any, along: bool) -> Array:
 def _build(problem: Problem) -> Bind:
     x_along, w_along = problem.x_along, problem.w_along
 
-    def bind(w: Packed) -> Run:
+    def bind(w: Packed | Words16) -> Run:
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
             with np.errstate(all="ignore"):
                 product = reference.matmul(_values(x, x_along), _values(w, w_along).T)
@@ -83,5 +86,6 @@ KERNELS = (
         roundings=lambda p: Roundings(
             "float64", p.k + 12, "float64 sum of k, one final rounding", ACTIVATION_ERROR
         ),
+        layouts=("words16", "rows"),
     ),
 )

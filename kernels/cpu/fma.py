@@ -33,6 +33,8 @@ def _spec(p: Problem) -> gemm.Spec:
 def _accepts(p: Problem) -> str | None:
     if isinstance(p.x, Format) and p.x.bias:
         return f"reads x without block biases, {p.x.name} has them"
+    if p.w.bias and p.w.tensor_scale:
+        return f"multiplies block biases by the tensor scale, {p.w.name} does not mean that"
     return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
 
 

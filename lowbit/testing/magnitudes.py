@@ -87,6 +87,12 @@ def pieces(operand: Array | QArray) -> Pieces:
     plain = _finite(reference.centred(parts))
     spread = scaling.decode_scales(fmt, parts.scales).astype(np.float64)
     scales = np.abs(reference.spread(spread, fmt.scale.block, parts.matrix))
+    second = np.ones((1, 1))
+    if parts.tensor_scale is not None:
+        second = np.abs(parts.tensor_scale.astype(np.float64))[..., None, None]
+    if parts.biases is not None:
+        # The tensor scale does not multiply the blocks' addends.
+        scales, second = scales * second, np.ones((1, 1))
     values = plain * scales
     if parts.biases is not None:
         spread = np.abs(parts.biases.astype(np.float64))
@@ -96,9 +102,6 @@ def pieces(operand: Array | QArray) -> Pieces:
         spread = np.abs(parts.zeros.astype(np.float64))
         stored = _finite(codes.decode(fmt.element, reference.element_codes(parts)))
         plain = stored + reference.spread(spread, fmt.scale.block, parts.matrix)
-    second = np.ones((1, 1))
-    if parts.tensor_scale is not None:
-        second = np.abs(parts.tensor_scale.astype(np.float64))[..., None, None]
     shaped = [_logical(operand, each) for each in (values, plain, scales)]
     return Pieces(shaped[0], shaped[1], shaped[2], second, parts.biases is not None)
 

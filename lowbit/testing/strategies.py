@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from lowbit import checks
 from lowbit.array import QArray
-from lowbit.formats import WHOLE, Element, Format, Scale, codes, declared, reference, scaling
+from lowbit.formats import WHOLE, Format, Scale, declared
 from lowbit.formats.names import SCALE_WORDS
 from lowbit.kernels.declare import ACTIVATIONS
 from lowbit.quantizing import from_parts
+from lowbit.testing.operands import random_qarray
 
 try:
     from hypothesis import strategies as st
@@ -227,36 +228,22 @@ def qarrays(
     SearchStrategy of QArray
     """
     fmt = checks.as_format(format, "format")
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    values = np.array(fmt.element.values)
-    legal = np.arange(len(values)) if nonfinite else np.flatnonzero(np.isfinite(values))
-    grid = fmt.grid((rows, columns))
-    spread = draw(st.sampled_from([0.0, 1.0, 8.0]))  # scales differ by powers of two up to this
-    scales = np.exp2(rng.uniform(-spread, spread, grid))
-    zeros = biases = second = None
-    kind = fmt.scale.element
-    if isinstance(kind, Element):
-        held = codes.encode(kind, scales)
-    else:
-        scales *= rng.choice([1.0, 1.0, 1.0, 1.0, -1.0, 0.0], grid)
-        held = scales.astype(scaling.float_dtype(kind))
-    if isinstance(fmt.zero, Element):
-        low, high = int(fmt.zero.min), int(fmt.zero.max)
-        zeros = rng.integers(low, high + 1, grid).astype(reference.zero_dtype(fmt))
-    elif fmt.zero is not None:
-        zeros = rng.uniform(-8, 8, grid).astype(reference.zero_dtype(fmt))
-    if fmt.bias:
-        biases = rng.uniform(-2, 2, grid).astype(held.dtype)
-    if fmt.tensor_scale:
-        second = np.float32(rng.uniform(0.1, 3) * rng.choice([1, -1]))
-    chosen = legal[rng.integers(0, len(legal), (rows, columns))].astype(np.uint8)
+    made = random_qarray(
+        fmt,
+        rows,
+        columns,
+        seed=draw(st.integers(0, 2**32 - 1)),
+        spread=draw(st.sampled_from([0.0, 1.0, 8.0])),
+        nonfinite=nonfinite,
+    )
+    parts = made._rows()
     return from_parts(
         fmt,
-        draw(memory(codes.pack(chosen, fmt.element.bits))),
-        draw(memory(held)),
-        zeros=zeros,
-        biases=biases,
-        tensor_scale=second,
+        draw(memory(parts.codes)),
+        draw(memory(parts.scales)),
+        zeros=None if parts.zeros is None else draw(memory(parts.zeros)),
+        biases=None if parts.biases is None else draw(memory(parts.biases)),
+        tensor_scale=parts.tensor_scale,
         shape=(rows, columns),
     )
 
