@@ -151,9 +151,11 @@ def _stochastic(steps: Ladder, y: Array, uniform: Array) -> Array:
 def beyond(element: Element, y: Array, *, stochastic: bool = False) -> Array:
     """True where a number rounds to something past the ends of the table."""
     steps = ladder(element)
+    # A limit next to a tie is no float32, and NumPy would round it to y's dtype.
+    wide = y.astype(np.float64)
     if stochastic:
-        return np.asarray((y > steps.values[-1]) | (y < steps.values[0]))
-    return np.asarray((y > steps.high_limit) | (y < steps.low_limit))
+        return np.asarray((wide > steps.values[-1]) | (wide < steps.values[0]))
+    return np.asarray((wide > steps.high_limit) | (wide < steps.low_limit))
 
 
 def overflow_message(element: Element, count: int, first: tuple[int, ...], value: float) -> str:

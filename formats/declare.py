@@ -127,7 +127,7 @@ def codebook(name: str, values: Iterable[float]) -> Element:
 
 def _float32(value: float) -> float:
     try:
-        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+        rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
         raise ValueError(f"values: {value:g} is beyond the largest float32") from None
     return rounded

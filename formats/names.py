@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
-from lowbit.formats.declare import WHOLE, Element, Format, Named
+from lowbit.formats.declare import WHOLE, Element, Format, Named, Scale
 from lowbit.formats.fp8 import E4M3
 from lowbit.formats.mx import E8M0
 
@@ -93,28 +93,36 @@ def _parse(name: str) -> Format:
         )
     base = max(bases, key=len)
     fmt = known[base].format
-    seen: set[str] = set()
+    changes: dict[str, Any] = {}
     for word in name[len(base) :].split("_")[1:]:
-        kind, fmt = _apply(fmt, word, name)
-        if kind in seen:
-            raise ValueError(f"format {name!r} names its {kind} twice")
-        seen.add(kind)
-    return fmt
+        part, meaning = _read(word, fmt.element, name)
+        if part in changes:
+            raise ValueError(f"format {name!r} names its {part} twice")
+        changes[part] = meaning
+    # All at once: a format half changed may be none.
+    return Format(
+        fmt.element,
+        Scale(changes.get("scale type", fmt.scale.element), changes.get("block", fmt.scale.block)),
+        changes.get("zero point", fmt.zero),
+        changes.get("bias", fmt.bias),
+        changes.get("tensor scale", fmt.tensor_scale),
+    )
 
 
-def _apply(fmt: Format, word: str, name: str) -> tuple[str, Format]:
+def _read(word: str, element: Element, name: str) -> tuple[str, Any]:
+    """The part of a format that a word is about, and what it makes of it."""
     if word in SCALE_WORDS:
-        return "scale type", replace(fmt, scale=replace(fmt.scale, element=SCALE_WORDS[word]))
+        return "scale type", SCALE_WORDS[word]
     if word == "asym":
-        return "zero point", replace(fmt, zero=fmt.element)
+        return "zero point", element
     if word in ZERO_WORDS:
-        return "zero point", replace(fmt, zero=ZERO_WORDS[word])
+        return "zero point", ZERO_WORDS[word]
     if word.startswith("z") and word[1:] in declared():
-        return "zero point", replace(fmt, zero=declared()[word[1:]].format.element)
+        return "zero point", declared()[word[1:]].format.element
     if word == "bias":
-        return "bias", replace(fmt, bias=True)
+        return "bias", True
     if word == "ts":
-        return "tensor scale", replace(fmt, tensor_scale=True)
+        return "tensor scale", True
     block = _read_block(word)
     if block is None:
         raise ValueError(
@@ -122,12 +130,12 @@ def _apply(fmt: Format, word: str, name: str) -> tuple[str, Format]:
             f"nor asym, zint8, {', '.join(ZERO_WORDS)}, bias, ts, "
             f"nor a scale type ({', '.join(SCALE_WORDS)})"
         )
-    return "block", replace(fmt, scale=replace(fmt.scale, block=block))
+    return "block", block
 
 
 def _is_word(word: str) -> bool:
     try:
-        _apply(get("int8_row"), word, word)
+        _read(word, get("int8").element, word)
     except ValueError:
         return False
     return True
