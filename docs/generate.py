@@ -11,7 +11,6 @@ import json
 import re
 from pathlib import Path
 
-
 import lowbit as lb
 from lowbit import formats, kernels
 from lowbit.kernels import Problem

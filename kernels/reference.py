@@ -33,7 +33,7 @@ def activate(name: str | None, v: Array) -> Array:
         if name == "silu":
             return np.where(np.isneginf(v), -0.0, v / (1 + np.exp(-v)))
         if name == "gelu":
-            tail = _erfc(-v / math.sqrt(2)).astype(float)  # 1 + erf would cancel below -1
+            tail = np.asarray(_erfc(-v / math.sqrt(2)), float)  # 1 + erf would cancel below -1
             return np.where(np.isneginf(v), -0.0, v / 2 * tail)
         if name == "gelu_tanh":
             inner = math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)

@@ -52,24 +52,24 @@ class Words16:
         bits = parts.format.element.bits
         single = parts.format.scale.block[0] == 1
         codes = _each(parts.codes, lambda c: layouts.words16(c, bits))
-        blocks = [
+        scales, zeros, biases = (
             p if p is None or not single else _each(p, layouts.panels16)
             for p in (parts.scales, parts.zeros, parts.biases)
-        ]
-        assert blocks[0] is not None
-        return cls(parts.format, parts.shape, codes, blocks[0], *blocks[1:], parts.tensor_scale)
+        )
+        assert scales is not None
+        return cls(parts.format, parts.shape, codes, scales, zeros, biases, parts.tensor_scale)
 
     def rows(self) -> Packed:
         """Restore the canonical parts, bit for bit."""
         fmt, (rows, columns) = self.format, self.matrix
         single = fmt.scale.block[0] == 1
         codes = _each(self.codes, lambda c: layouts.rows(c, rows, fmt.row_bytes(columns)), 3)
-        blocks = [
+        scales, zeros, biases = (
             p if p is None or not single else _each(p, lambda a: layouts.unpanel16(a, rows), 3)
             for p in (self.scales, self.zeros, self.biases)
-        ]
-        assert blocks[0] is not None
-        return Packed(fmt, self.shape, codes, blocks[0], *blocks[1:], self.tensor_scale)
+        )
+        assert scales is not None
+        return Packed(fmt, self.shape, codes, scales, zeros, biases, self.tensor_scale)
 
     def __getitem__(self, lead: tuple[int, ...]) -> Words16:
         """One matrix of a stack."""

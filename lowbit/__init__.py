@@ -1,8 +1,8 @@
 """Low-precision arrays and their matrix products, NumPy style.
 
-    import lowbit as lb
-    w = lb.quantize(weight, "int4_g128")     # (N, K) floats -> packed codes and scales
-    y = x @ w.T                              # x of NumPy, PyTorch or JAX; y likewise
+>>> import lowbit as lb
+>>> w = lb.quantize(weight, "int4_g128")     # (N, K) floats to codes and scales  # doctest: +SKIP
+>>> y = x @ w.T                              # x of NumPy, PyTorch or JAX  # doctest: +SKIP
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  (names bfloat16 and the 8-bit floats to NumPy)
-import numpy  # noqa: F401, ICN001
+import numpy  # noqa: F401
 
 if TYPE_CHECKING:
     from lowbit import testing as testing
@@ -54,7 +54,7 @@ _HOMES = {
     "stack": "shaping",
 }
 
-__all__ = [*_HOMES, "testing"]  # noqa: PLE0604
+__all__ = [*_HOMES, "testing"]
 
 
 def __getattr__(name: str) -> Any:

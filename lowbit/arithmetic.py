@@ -137,5 +137,7 @@ def array_equal(a: Any, b: Any) -> bool:
     >>> lb.array_equal(w, w.T), lb.array_equal(w, np.zeros((4, 4)))
     (True, False)
     """
-    sides = [s.dequantize(np.float64) if isinstance(s, QArray) else np.asarray(s) for s in (a, b)]
-    return bool(np.array_equal(*sides))
+    left, right = (
+        s.dequantize(np.float64) if isinstance(s, QArray) else np.asarray(s) for s in (a, b)
+    )
+    return bool(np.array_equal(left, right))

@@ -442,7 +442,7 @@ class QArray:
     def __float__(self) -> float:
         raise TypeError("a QArray is no number; .dequantize() gives its values")
 
-    __int__ = __index__ = __complex__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __complex__ = __float__
 
     def __eq__(self, other: object) -> bool:
         raise TypeError("== would need the values; lowbit.array_equal compares two arrays whole")

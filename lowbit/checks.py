@@ -62,15 +62,14 @@ def data(x: Array, argument: str) -> Array:
 
 def floating(x: Array, argument: str) -> None:
     """Refuse what is not float64, float32, float16 or bfloat16."""
-    if x.dtype != BFLOAT16 and x.dtype.kind != "f" or x.dtype.itemsize > 8:
+    if x.dtype != BFLOAT16 and (x.dtype.kind != "f" or x.dtype.itemsize > 8):
         raise TypeError(
             f"{argument}: want float32, float16, bfloat16 or float64, got {x.dtype.name}"
         )
 
 
 def contraction_axis(axis: int, ndim: int) -> bool:
-    """True where the contraction axis is the last but one, so that the array is stored as its
-    transpose."""
+    """Tell whether it is the last axis but one; the array is then stored as its transpose."""
     if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
         raise TypeError(f"axis: want an integer, got {type(axis).__name__}")
     if not -ndim <= axis < ndim:

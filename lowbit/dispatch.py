@@ -1,4 +1,4 @@
-"""From two matrices to a kernel: orientation, leading axes, the stated problem, the bound kernel."""
+"""From two operands to a kernel: orientation, leading axes, the stated problem, bound kernels."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def _flattens(left: QArray) -> bool:
 
 
 def rearranged(operand: Array | QArray) -> bool:
+    """Whether a column permutation or a divisor stands between the parts and the values."""
     return isinstance(operand, QArray) and (
         operand._columns is not None or operand._divisor is not None
     )

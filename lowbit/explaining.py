@@ -12,6 +12,7 @@ from lowbit.array import QArray
 from lowbit.formats import Format
 from lowbit.kernels import Problem, Verdict, choose, judge
 from lowbit.kernels.cpu import machine
+from lowbit.kernels.declare import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def explain(
     if out_dtype is not None:
         dtype = checks.float_dtype(out_dtype, "out_dtype")
     if activation is not None:
-        checks.choice(activation, products.ACTIVATIONS, "activation")
+        checks.choice(activation, ACTIVATIONS, "activation")
     x_kind: Format | str = left.format if isinstance(left, QArray) else left.dtype.name
     if x_format is not None:
         x_kind = checks.as_format(x_format, "x_format")

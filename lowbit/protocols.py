@@ -120,7 +120,7 @@ def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "__rmatmul__":
         return matmul(args[1], args[0])
     if name == "linear":
-        x, weight, bias = (*args, *(None,) * (3 - len(args)))
+        x, weight, bias = [*args, None, None, None][:3]
         return linear(
             kwargs.get("input", x), kwargs.get("weight", weight), bias=kwargs.get("bias", bias)
         )

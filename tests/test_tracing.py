@@ -70,7 +70,7 @@ def test_another_weight_compiles_anew_instead_of_reusing_the_first():
 
 
 def test_a_module_holds_a_weight():
-    class Layer(torch.nn.Module):
+    class Layer(torch.nn.Module):  # type: ignore[misc]
         def __init__(self, w):
             super().__init__()
             self.w = w

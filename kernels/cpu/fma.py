@@ -51,7 +51,9 @@ def _build(p: Problem) -> Bind:
     gemm_of = gemm.build(spec, operands.isa_of(p))
     segment = operands.segment_of(p)
     width = gemm.word_columns(spec.element, p.k)
-    x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k) if spec.x_scale else 1
+    x_blocks = 1
+    if isinstance(p.x, Format):
+        x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
 
     def bind(w: Any) -> Run:
         call = gemm_of.bind(
