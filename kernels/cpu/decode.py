@@ -189,7 +189,7 @@ class Minifloat:
         sign = (codes // half) << 31
         fields = ((magnitude << (23 - self.mantissa)) | sign).astype(np.uint32)
         with np.errstate(over="ignore"):
-            result = fields.view(np.float32) * np.float32(2.0**self.power)
+            result: Array = fields.view(np.float32) * np.float32(2.0**self.power)
         for least, pattern in self.thresholds:
             special = (sign | pattern).astype(np.uint32).view(np.float32)
             result = np.where(magnitude >= least, special, result)

@@ -79,5 +79,5 @@ def integer_products(
 
 def finish(total: Array, alpha: float, bias: Array | None) -> Array:
     """alpha * total + bias, rounded once."""
-    addend = np.float32(-0.0) if bias is None else bias[None, :]
-    return fma(np.float32(alpha), total, np.broadcast_to(addend, total.shape))
+    addend = np.full_like(total, -0.0) if bias is None else np.broadcast_to(bias, total.shape)
+    return fma(np.full_like(total, alpha), total, addend)
