@@ -172,7 +172,7 @@ class Exported:
         if label is None and dtype.type.__module__ == "ml_dtypes":
             raise BufferError(f"DLPack has no one-byte {dtype.name}; pass array.view(np.uint8)")
         self._label = label
-        self._carrier = array if label is None else array.view(_CARRIERS[dtype.itemsize])
+        self._carrier: Any = array if label is None else array.view(_CARRIERS[dtype.itemsize])
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return the host's (1, 0)."""

@@ -48,7 +48,8 @@ _CARRIERS = {
     "float8_e5m2fnuz": "uint8",
     "float8_e8m0fnu": "uint8",
 }
-# Filled at the first tensor. Not a functools.cache, at which torch.compile warns.
+# torch dtype -> the carrier to view it as and the dtype of the values, or neither. Filled at the
+# first tensor; not a functools.cache, at which torch.compile warns.
 _TORCH_DTYPES: dict[Any, tuple[Any, Any]] = {}
 _REMEDIES = {
     "b": "convert it with .astype(np.uint8)",
@@ -145,15 +146,14 @@ def _convert(how: Callable[[Any], NDArray[Any]], x: Any, argument: str) -> NDArr
 
 
 def _list_torch_dtypes(torch: Any) -> None:
-    """Map a torch dtype to the carrier it is viewed as, and to the NumPy dtype of the values."""
     native = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
-    _TORCH_DTYPES.update((getattr(torch, name), (None, None)) for name in native)
+    dtypes: dict[Any, tuple[Any, Any]] = {getattr(torch, name): (None, None) for name in native}
     for name, carrier in _CARRIERS.items():
         if hasattr(torch, name):
-            known = getattr(torch, carrier), getattr(ml_dtypes, name)
-            _TORCH_DTYPES[getattr(torch, name)] = known
+            dtypes[getattr(torch, name)] = getattr(torch, carrier), getattr(ml_dtypes, name)
     if hasattr(torch, "float4_e2m1fn_x2"):
-        _TORCH_DTYPES[torch.float4_e2m1fn_x2] = torch.uint8, ml_dtypes.float4_e2m1fn
+        dtypes[torch.float4_e2m1fn_x2] = torch.uint8, ml_dtypes.float4_e2m1fn
+    _TORCH_DTYPES.update(dtypes)  # in one step: another thread may be reading
 
 
 def _from_torch(x: Any, argument: str, torch: Any) -> NDArray[Any]:

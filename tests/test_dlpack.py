@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 import weakref
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -43,7 +44,9 @@ class Producer:
 class OldProducer(Producer):
     """From before DLPack 1.0: knows no keyword."""
 
-    def __dlpack__(self):
+    def __dlpack__(self, **options):
+        if options:
+            raise TypeError(f"unexpected keywords {options}")
         return self.array.__dlpack__()
 
 
@@ -57,7 +60,7 @@ class Capsule(Producer):
         return self.array
 
 
-def fields(capsule):
+def fields(capsule: Any) -> Any:
     """Where a capsule's version or flags (8 bytes) and its dtype (4 bytes) are."""
     get = ctypes.PYFUNCTYPE(ctypes.c_size_t, ctypes.py_object, ctypes.c_char_p)(
         ("PyCapsule_GetPointer", ctypes.pythonapi)
@@ -297,11 +300,11 @@ def test_exported_memory_lives_as_long_as_the_consumer(consume, dtype):
     alive = weakref.ref(x.base)
     there = consume(Exported(x))
     del x
-    gc.collect()
+    gc.collect(0)
     assert alive() is not None
     assert float(there[63]) == 1
     del there
-    gc.collect()
+    gc.collect(0)
     assert alive() is None
 
 
@@ -319,7 +322,7 @@ def test_ten_thousand_exports_leave_no_reference(consume):
     references = sys.getrefcount(x), sys.getrefcount(x.base)
     for _ in range(10_000):
         consume(Exported(x))
-    gc.collect()
+    gc.collect(0)
     assert (sys.getrefcount(x), sys.getrefcount(x.base)) == references
 
 
@@ -334,7 +337,7 @@ def test_ten_thousand_imports_leave_no_reference(framework):
         from_dlpack(producer)
     assert (sys.getrefcount(producer), sys.getrefcount(there)) == references
     del x, there, producer
-    gc.collect()
+    gc.collect(0)
     assert alive() is None
 
 
@@ -353,8 +356,10 @@ def test_refused_capsules_leave_no_reference():
 class Numpy20(np.ndarray):
     """An array whose `__dlpack__` is that of NumPy 2.0."""
 
-    def __dlpack__(self, *, stream=None):
-        return super().__dlpack__(stream=stream)
+    def __dlpack__(self, **options):
+        if options.keys() - {"stream"}:
+            raise TypeError(f"unexpected keywords {options}")
+        return super().__dlpack__()
 
 
 def test_numpy_20_exports_without_versions(monkeypatch):
