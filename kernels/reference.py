@@ -58,7 +58,8 @@ def _values(operand: Any, along: bool) -> Array:
     if isinstance(operand, Packed):
         values = reference.dequantize(operand)
         return values if along else values.swapaxes(-1, -2)
-    return np.asarray(operand, np.float64)
+    # einsum's order follows the strides, and the same numbers shall give the same bits.
+    return np.ascontiguousarray(operand, np.float64)
 
 
 def _build(problem: Problem) -> Bind:

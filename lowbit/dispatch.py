@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lowbit import interop, kernels
 from lowbit.array import QArray
-from lowbit.formats import reference
+from lowbit.formats import Format, reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Problem, Run
 from lowbit.kernels.cpu import isa, operands, pool
@@ -50,7 +50,8 @@ def weight_right(
         _exact(left, w, after, out)
         return
     parts = w._parts
-    if isinstance(left, QArray) and left.ndim > 2 and len(parts.shape) == 2 and _flattens(left):
+    stacked = isinstance(left, QArray) and left.ndim > 2 and len(parts.shape) == 2
+    if stacked and isinstance(left, QArray) and not left._transposed and flattens(left.format):
         rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
         left, after = left.reshape(rows, left.shape[-1]), _flat(after, rows, columns)
         out = out.reshape(rows, columns)
@@ -80,10 +81,9 @@ def weight_right(
         )
 
 
-def _flattens(left: QArray) -> bool:
+def flattens(fmt: Format) -> bool:
     """Every row has scales of its own, so a stack of matrices is one tall matrix."""
-    fmt = left.format
-    return not left._transposed and fmt.scale.block[0] == 1 and not fmt.tensor_scale
+    return fmt.scale.block[0] == 1 and not fmt.tensor_scale
 
 
 def rearranged(operand: Array | QArray) -> bool:
@@ -147,7 +147,7 @@ def weight_left(w: QArray, right: Array, after: Epilogue, out: Array, options: O
             {},
         )
         one = _at(after, index)
-        if one == plain:
+        if one.alpha == 1 and one.bias is one.activation is one.residual is None:
             out[index] = product.T
         else:
             out[index] = finish(product.T.astype(np.float64), one)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit import checks
+from lowbit import checks, interop
 from lowbit.array import QArray
 from lowbit.formats import Format
 from lowbit.kernels import Problem, Verdict, choose, judge
@@ -111,21 +111,17 @@ def explain(
     from lowbit.kernels.cpu import pool
 
     left, right, _ = products.operands_of(x, w)
+    dtype = products.promoted(left.dtype, right.dtype)
     note = ""
     if isinstance(right, QArray) and not isinstance(left, QArray):
         if dispatch.rearranged(right) and right._transposed:
             note = "x is divided and permuted first, as the weight's columns ask"
         left, right = products.adapt(left, right)
     shapes = [s.shape for s in (left, right)]
-    m = 1 if len(shapes[0]) == 1 else int(np.prod(shapes[0][:-1]))
     n = 1 if len(shapes[1]) == 1 else shapes[1][-1]
     k = shapes[0][-1]
     if k != shapes[1][-2 if len(shapes[1]) > 1 else -1]:
         raise ValueError(f"explain: shapes {shapes[0]} and {shapes[1]} do not multiply")
-    if len(shapes[1]) > 2 or isinstance(left, QArray):
-        m = shapes[0][-2] if len(shapes[0]) > 1 else 1
-        note = note or ("every matrix of the stack by itself" if len(shapes[1]) > 2 else "")
-    dtype = products.promoted(left.dtype, right.dtype)
     if out_dtype is not None:
         dtype = checks.float_dtype(out_dtype, "out_dtype")
     if activation is not None:
@@ -134,7 +130,19 @@ def explain(
     if x_format is not None:
         x_kind = checks.as_format(x_format, "x_format")
     x_along = not (isinstance(left, QArray) and left._transposed and left.ndim > 1)
-    layout, epilogue = "rows", (bias is not None, activation, residual)
+    m = shapes[0][-2] if len(shapes[0]) > 1 else 1
+    if len(shapes[0]) > 2 and len(shapes[1]) <= 2 and isinstance(right, QArray):
+        if isinstance(x_kind, str) or (x_along and dispatch.flattens(x_kind)):
+            m = int(np.prod(shapes[0][:-1]))
+        else:
+            note = note or "every matrix of the stack by itself"
+    elif max(map(len, shapes)) > 2:
+        note = note or "every matrix of the stack by itself"
+    layout, rest = "rows", None
+    if residual is not None:
+        given, _ = interop.to_numpy(residual, "residual")
+        rest = products.residual_dtype(given, dtype).name
+    epilogue = (bias is not None, activation, rest)
     if isinstance(right, QArray):
         w_kind = right.format
         w_along, layout = right._transposed or right.ndim == 1, right.layout
@@ -144,6 +152,7 @@ def explain(
         m, n, x_kind, w_kind = n, m, right.dtype.name, left.format
         w_along, x_along, layout = x_along, True, left.layout
         epilogue, note = (False, None, None), "computed as the transpose of w.T @ x.T"
+        dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     stated = Problem(
         m,
         n,
@@ -153,7 +162,7 @@ def explain(
         dtype.name,
         epilogue[0],
         epilogue[1],
-        None if epilogue[2] is None else dtype.name,
+        epilogue[2],
         x_along,
         w_along,
         layout,

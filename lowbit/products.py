@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -109,11 +110,16 @@ def matmul(
         options = Options(wanted, activation, bool(batch_invariant), kernel)
     target = None if out is None else _target(out)
     if target is not None:
-        if options.out_dtype not in (None, target.dtype):
+        native = target.dtype.newbyteorder("=")
+        if options.out_dtype not in (None, native):
             raise ValueError(f"out has dtype {target.dtype}, out_dtype asks {options.out_dtype}")
-        options = Options(target.dtype, activation, bool(batch_invariant), kernel)
+        options = Options(native, activation, bool(batch_invariant), kernel)
     if isinstance(right, QArray) and not isinstance(left, QArray):
+        narrow = left.dtype
         left, right = adapt(left, right)
+        if left.dtype != narrow and options.out_dtype is None:
+            # Dividing x took float32, which is nobody's business outside.
+            options = replace(options, out_dtype=promoted(narrow, right.dtype))
     if x_format is not None:
         left = quantized(left, checks.as_format(x_format, "x_format"), x_scale)
     elif x_scale is not None:
@@ -303,10 +309,16 @@ def _epilogue(
             held[1] = held[1][..., None, :]
         try:
             held[1] = np.broadcast_to(held[1], shape)
-            if held[1].dtype.kind in "iu" or held[1].dtype.name == "float64":
-                held[1] = held[1].astype(np.float64 if dtype == np.float64 else np.float32)
+            held[1] = held[1].astype(residual_dtype(held[1], dtype), copy=False)
         except ValueError:
             raise ValueError(
                 f"residual: {held[1].shape} does not broadcast to the result, {shape}"
             ) from None
     return Epilogue(alpha, held[0], activation, held[1])
+
+
+def residual_dtype(residual: Array, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What a residual is added as: its own dtype, or for integers and float64 that of the sum."""
+    if residual.dtype.kind in "iu" or residual.dtype.itemsize == 8:
+        return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return residual.dtype

@@ -196,8 +196,9 @@ def compare(result: Any, found: Exact) -> float:
             f"{found.low[at]!r} to {found.high[at]!r}"
         )
     measured = whole & ~free & np.isfinite(number)
-    distance = np.abs(number - found.value)[measured]
-    allowed = np.maximum(found.high - found.value, found.value - found.low)[measured]
+    value = found.value[measured]
+    distance = np.abs(number[measured] - value)
+    allowed = np.maximum(found.high[measured] - value, value - found.low[measured])
     return float(np.max(distance / np.where(allowed > 0, allowed, 1), initial=0.0))
 
 
@@ -254,6 +255,9 @@ def exact(
     chosen = next(v.kernel for v in explanation.verdicts if v.kernel.name == explanation.kernel)
     inner = outer = chosen.roundings(explanation.problem)
     left, right, _ = products.operands_of(x, w)
+    dtype = products.promoted(left.dtype, right.dtype)
+    if out_dtype is not None:
+        dtype = checks.float_dtype(out_dtype, "out_dtype")
     divided = None
     if isinstance(right, QArray) and not isinstance(left, QArray):
         if right.divisor is not None and x_format is None:
@@ -267,7 +271,6 @@ def exact(
         outer = Roundings("float64", 4, activation=ACTIVATION_ERROR)
     if any(dispatch.rearranged(operand) for operand in (left, right)):
         inner = outer = Roundings("float64", left.shape[-1] + 12, activation=ACTIVATION_ERROR)
-    dtype = checks.float_dtype(explanation.problem.out, "out_dtype")
     path = _Path(inner, outer, divided, dtype, apart)
     after = [None if v is None else interop.to_numpy(v, "")[0] for v in (bias, residual)]
     if after[0] is not None and right.ndim == 1:
