@@ -47,10 +47,11 @@ def method_for(fmt: Format, method: str) -> str:
             "Use 'rceil'."
         )
     if method in ("fullrange", "signed_max"):
-        if power or fmt.zero is not None or fmt.bias or not _twos_complement(fmt.element):
+        signed = _twos_complement(fmt.element) and fmt.element.bits > 1
+        if power or fmt.zero is not None or fmt.bias or not signed:
             raise ValueError(
-                f"method {method!r} is for signed integers without zero point and with float "
-                f"scales; {fmt.name} is none. Use 'absmax'."
+                f"method {method!r} is for signed integers of 2 bits or more, with float scales "
+                f"and no zero point or bias; {fmt.name} is none. Use 'absmax'."
             )
     return method
 
@@ -99,7 +100,8 @@ def ideal(fmt: Format, low: Array, high: Array, method: str, further: float = 1)
         wanted = np.maximum(wanted, high / number(top * further))
     if bottom < 0:
         wanted = np.maximum(wanted, low / number(bottom * further))
-    return _not_underflowed(wanted, extreme != 0)
+    # abs: 0 divided by a negative end is -0.
+    return _not_underflowed(np.abs(wanted), extreme != 0)
 
 
 def range_end(fmt: Format) -> float:
