@@ -8,6 +8,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowbit.interop import Origin, empty, from_numpy, to_numpy
 
