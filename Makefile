@@ -1,8 +1,4 @@
 # Needs python3 >= 3.11 with venv, and make. Everything else is installed into .venv.
-#
-# On Linux x86-64, PyPI's torch comes with gigabytes of CUDA libraries that no test needs;
-#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
-# takes the CPU build instead.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

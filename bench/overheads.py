@@ -20,10 +20,13 @@ import tracemalloc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import machine
 import numpy as np
 
 import lowbit as lb
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
+import machine
 
 IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
 FIRST = """

@@ -16,7 +16,6 @@ release = version = lowbit.__version__
 extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
@@ -30,8 +29,6 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"decisions/*": ["sidebar-nav-bs"], "**": ["sidebar-nav-bs"]}
-
 autodoc_typehints = "none"  # numpydoc's Parameters sections say types in the field's words
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False

@@ -166,6 +166,13 @@ class Format:
         One more addend for each block, of the scale's dtype (MLX, HQQ, Q4_1).
     tensor_scale : bool
         One more float32 factor for the whole matrix (NVFP4).
+
+    Examples
+    --------
+    >>> import lowbit as lb
+    >>> fmt = lb.format("int4_g128")
+    >>> fmt.name, fmt.grid((64, 300)), fmt.row_bytes(300)
+    ('int4_g128', (64, 3), 150)
     """
 
     element: Element

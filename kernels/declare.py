@@ -99,10 +99,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Roundings:
-    """Roundings that a term of the sum meets, for the bound |C - exact| <= gamma(count) * S.
+    """Roundings that a term of the sum meets, for the bound abs(C - exact) <= gamma(count) S.
 
-    S = sum |x| |w|; gamma(n) = n u / (1 - n u) with u of `accumulator` (Higham, Accuracy and
-    Stability of Numerical Algorithms, 2nd ed., 3.1 to 3.5).
+    S = sum of abs(x) abs(w); gamma(n) = n u / (1 - n u) with u of `accumulator` (Higham, Accuracy
+    and Stability of Numerical Algorithms, 2nd ed., 3.1 to 3.5).
     """
 
     accumulator: str

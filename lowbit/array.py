@@ -208,7 +208,7 @@ class QArray:
 
     @property
     def scales(self) -> Array:
-        """Scale of each block, read-only, in the scale's own dtype: (..., *blocks)."""
+        """Scale of each block, read-only, in the scale's own dtype: one a block."""
         scales: Array = self._public(self._rows().scales, self.format.scale.element)
         return scales
 

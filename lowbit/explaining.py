@@ -26,6 +26,16 @@ class Explanation:
         The usable kernels first, the cheapest first.
     kernel : str
         Name of the chosen one.
+
+    Examples
+    --------
+    >>> import numpy as np, lowbit as lb
+    >>> w = lb.quantize(np.eye(8, 64, dtype=np.float32), "int8_row").T
+    >>> why = lb.explain(np.ones((1, 64)), w)
+    >>> why.kernel, why.problem.operations
+    ('reference', 1024)
+    >>> next(v.refusal for v in why.verdicts if v.kernel.name == "matmul.cpu.fma")
+    'computes in float32, float64 was asked for'
     """
 
     problem: Problem

@@ -122,7 +122,14 @@ def run(
 
 
 def get_num_threads() -> int:
-    """Return how many threads a job may use, the calling one included."""
+    """Return how many threads a job may use, the calling one included.
+
+    Examples
+    --------
+    >>> import lowbit as lb
+    >>> lb.get_num_threads() >= 1
+    True
+    """
     global _threads
     if not _threads:
         _threads = _find_num_threads()
@@ -133,7 +140,20 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     """Let jobs use n threads; None finds the number out again.
 
     Automatic is LOWBIT_NUM_THREADS, else OMP_NUM_THREADS, else the processors that this process
-    may run on, at most what its control group grants.
+    may run on, at most what its control group grants. Results have the same bits for any number.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1.
+
+    Examples
+    --------
+    >>> import lowbit as lb
+    >>> lb.set_num_threads(1)
+    >>> lb.get_num_threads()
+    1
+    >>> lb.set_num_threads(None)
     """
     global _threads, _automatic
     if n is None:

@@ -105,7 +105,7 @@ class Exact:
 
 
 def error_bound(x: Any, w: Any, **options: Any) -> Array:
-    """Bound |lowbit.matmul(x, w) - exact|, entry by entry.
+    """Bound ``abs(lowbit.matmul(x, w) - exact)``, entry by entry.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def error_bound(x: Any, w: Any, **options: Any) -> Array:
     -----
     "Exact" is the product of the dequantized operands in exact arithmetic; with ``x_format`` the
     dequantized x is that after quantization. The derivation stands at the top of
-    ``lowbit/testing/bounds.py`` and on the page about semantics.
+    ``lowbit/testing/bounds.py`` and on the page about the error bound.
 
     Examples
     --------
