@@ -177,6 +177,13 @@ def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
     -------
     QArray
         Blocks of several rows become scales of single rows where the pieces do not end on one.
+
+    Examples
+    --------
+    >>> import numpy as np, lowbit as lb
+    >>> w = lb.quantize(np.ones((2, 64), np.float32), "int4_g32")
+    >>> lb.concatenate([w, w[:1]]).shape
+    (3, 64)
     """
     pieces = _alike(arrays, "concatenate")
     ndim = pieces[0].ndim
@@ -293,6 +300,13 @@ def stack(arrays: Sequence[Any], axis: int = 0) -> QArray:
         Of one format, shape and dtype.
     axis : int
         Position of the new axis in the result; the last two places are taken by the matrices.
+
+    Examples
+    --------
+    >>> import numpy as np, lowbit as lb
+    >>> w = lb.quantize(np.ones((2, 64), np.float32), "int4_g32")
+    >>> lb.stack([w, w, w]).shape
+    (3, 2, 64)
     """
     pieces = _alike(arrays, "stack")
     _same_columns(pieces, "stack")
