@@ -115,11 +115,9 @@ def _fill(shape: Sequence[Any], size: int) -> tuple[int, ...]:
     known = math.prod(n for n in numbers if n != -1)
     if len(holes) > 1 or any(n < -1 for n in numbers):
         raise ValueError(f"reshape: {tuple(shape)} may have one -1 and no other negative length")
-    if holes:
-        if known == 0 or size % known:
-            raise ValueError(f"reshape: {size} values do not fill {tuple(shape)}")
+    if holes and known:
         numbers[holes[0]] = size // known
-    if math.prod(numbers) != size:
+    if math.prod(numbers) != size or -1 in numbers:
         raise ValueError(f"reshape: {size} values do not fill {tuple(shape)}")
     return tuple(numbers)
 

@@ -109,6 +109,11 @@ def test_empty_arrays_reshape():
                 same(w.reshape(wanted), w.dequantize().reshape(wanted))
 
 
+def test_an_empty_array_does_not_say_what_minus_one_is():
+    with pytest.raises(ValueError, match="0 values do not fill"):
+        array("int4_g8", (3, 0)).reshape(-1, 0)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
