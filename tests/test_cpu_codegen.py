@@ -371,7 +371,7 @@ def test_bits_of_a_row_do_not_depend_on_the_others(spec: gemm.Spec) -> None:
 @given(st.data())
 def test_exact_tier(inner: str, data: st.DataObject) -> None:
     """Every partial sum is representable, so any order gives the one right result."""
-    element = data.draw(st.sampled_from(INTEGERS[:8] if inner == "dot" else INTEGERS))
+    element = data.draw(st.sampled_from([INT4, INT8, integer(3), integer(1)]))
     spec = gemm.Spec(inner, element, x_scale=True)
     shape = data.draw(shapes(element))
     case = Case(spec, **shape, exact=True)

@@ -28,14 +28,21 @@ def transposer(module: Module) -> Function:
     keep = _lanes_below(f, valid)
     row = [f.load("ptr", f.at(rows, 8 * i), 8) for i in range(PANEL)]
     size = f.op("sub", stop, start)
-    blocks = f.op("ashr", size, 4)
-    with f.loop(0, blocks) as loop:
-        offset = f.add(start, f.mul(loop.index, 16))
-        to = f.at(out, f.mul(loop.index, 4 * VECTOR))
-        for i, words in enumerate(_four_words(f, row, offset)):
-            f.store(f.op("and", words, keep), f.at(to, i * VECTOR), 4)
-    words = f.op("ashr", size, 2)
-    with f.loop(f.mul(blocks, 4), words) as loop:
+    done = constant("i64", 0)  # words
+    for count, take in ((16, _sixteen_words), (4, _four_words)):
+        # Whole cache lines while 16 of them fit in registers; rows of a power of two of bytes
+        # would else lose a line before its last quarter is read.
+        if count > module.isa.lanes:
+            continue
+        end = f.mul(f.op("udiv", size, 4 * count), count)
+        with f.loop(done, end, count) as loop:
+            offset = f.add(start, f.mul(loop.index, 4))
+            to = f.at(out, f.mul(loop.index, VECTOR))
+            for i, words in enumerate(take(f, row, offset)):
+                f.store(f.op("and", words, keep), f.at(to, i * VECTOR), 4)
+        done = end
+    words = f.op("udiv", size, 4)
+    with f.loop(done, words) as loop:
         offset = f.add(start, f.mul(loop.index, 4))
         gathered = _gather(f, [f.load("i32", f.at(each, offset), 1) for each in row])
         f.store(f.op("and", gathered, keep), f.at(out, f.mul(loop.index, VECTOR)), 4)
@@ -64,18 +71,36 @@ def _gather(f: Function, lanes: list[Value]) -> Value:
     return vector
 
 
-def _four_words(f: Function, row: list[Value], offset: Value) -> list[Value]:
-    """Words 0..3 behind `offset` of all sixteen rows.
+def _sixteen_words(f: Function, row: list[Value], offset: Value) -> list[Value]:
+    """Words 0..15 behind `offset` of all sixteen rows: a whole cache line of each."""
+    held = [f.load(INT, f.at(each, offset), 1) for each in row]
+    quarters: list[list[Value]] = [[], [], [], []]
+    for j in range(4):
+        a, b, c, d = held[j::4]
+        for half in (0, 8):
+            lanes = [*range(half, half + 8), *range(half + 16, half + 24)]
+            ab, cd = f.shuffle(a, b, lanes), f.shuffle(c, d, lanes)
+            for quarter in (0, 4):
+                lanes = [start + i for start in range(quarter, 32, 8) for i in range(4)]
+                quarters[(half + quarter) // 4].append(f.shuffle(ab, cd, lanes))
+    return [words for mixed in quarters for words in _transposed(f, mixed)]
 
-    Vector j holds four words each of rows j, j + 4, j + 8, j + 12, so that the transposition stays
-    inside of 128-bit quarters.
-    """
-    four = "<4 x i32>"
-    held = [f.load(four, f.at(each, offset), 1) for each in row]
+
+def _four_words(f: Function, row: list[Value], offset: Value) -> list[Value]:
+    """Words 0..3 behind `offset` of all sixteen rows."""
+    held = [f.load("<4 x i32>", f.at(each, offset), 1) for each in row]
     mixed = []
     for j in range(4):
         low, high = (f.shuffle(held[a], held[a + 4], list(range(8))) for a in (j, j + 8))
         mixed.append(f.shuffle(low, high, list(range(LANES))))
+    return _transposed(f, mixed)
+
+
+def _transposed(f: Function, mixed: list[Value]) -> list[Value]:
+    """Four words of sixteen rows, one vector a word.
+
+    Vector j has them of rows j, j + 4, j + 8, j + 12, so nothing leaves its 128-bit quarter.
+    """
 
     def interleave(a: Value, b: Value, order: tuple[int, int, int, int]) -> Value:
         return f.shuffle(a, b, [4 * q + o % 4 + 16 * (o // 4) for q in range(4) for o in order])
@@ -129,21 +154,17 @@ def expander(module: Module, bits: int) -> Function:
     f = module.function("expand", parameters | {"out": "ptr"}, "apart")
     row, start, stop, size, out = f.parameters
     # Eight bytes are read where the row has them, however few of them the codes need.
-    easy = f.greatest(f.least(f.op("sub", size, 7), stop), start)
-    with f.loop(start, easy, bits) as loop:
-        _spread_store(f, f.load("i64", f.at(row, loop.index), 1), loop.index, start, out, bits)
-    done = f.mul(f.op("udiv", f.add(f.op("sub", easy, start), bits - 1), bits), bits)
-    with f.loop(f.add(start, done), stop, bits) as loop:
-        count = f.least(f.op("sub", stop, loop.index), bits)
-        _spread_store(f, _bytes(f, row, loop.index, count, "i64"), loop.index, start, out, bits)
+    groups = f.over(f.op("sub", stop, start), bits)
+    safe = f.over(f.greatest(f.op("sub", f.op("sub", size, 7), start), 0), bits)
+    easy = f.least(groups, safe)
+    with f.loop(0, easy) as loop:
+        stream = f.load("i64", f.at(row, f.add(start, f.mul(loop.index, bits))), 1)
+        f.store(_spread(f, stream, bits), f.at(out, f.mul(loop.index, 8)), 1)
+    with f.loop(easy, groups) as loop:
+        at = f.add(start, f.mul(loop.index, bits))
+        stream = _bytes(f, row, at, f.least(f.op("sub", stop, at), bits), "i64")
+        f.store(_spread(f, stream, bits), f.at(out, f.mul(loop.index, 8)), 1)
     return f
-
-
-def _spread_store(
-    f: Function, stream: Value, at: Value, start: Value, out: Value, bits: int
-) -> None:
-    eight = f.op("udiv", f.op("sub", at, start), bits)
-    f.store(_spread(f, stream, bits), f.at(out, f.mul(eight, 8)), 1)
 
 
 def _spread(f: Function, stream: Value, bits: int) -> Value:
