@@ -236,6 +236,18 @@ def test_explain_reaches_machines_that_are_not_here():
     assert json.loads(done.stdout)["problem"]["device"] == "cpu:neon"
 
 
+def test_explain_states_the_whole_problem():
+    options = "--x float16 --out float32 --bias --activation relu --residual --batch-invariant"
+    options += " --threads 7 --weight nf4_g64 --device cpu:avx2 --json"
+    stated = json.loads(call("explain", 2, 3, 5, *options.split()).stdout)["problem"]
+    expected = {
+        **{"m": 2, "n": 3, "k": 5, "x": "float16", "w": "nf4_g64", "out": "float32"},
+        **{"bias": True, "activation": "relu", "residual": "float16", "batch_invariant": True},
+        **{"threads": 7, "device": "cpu:avx2"},
+    }
+    assert stated.items() >= expected.items()
+
+
 def test_explain_obeys_a_kernel():
     done = call("explain", 1, 64, 256, "--weight", "int4_g128", "--kernel", "reference", "--json")
     assert json.loads(done.stdout)["kernel"] == "reference"
