@@ -99,25 +99,10 @@ def encode(
     -------
     ndarray of uint8
     """
-    steps = ladder(element)
-    codes: Array
-    wide = y.astype(np.float64)
-    if uniform is None and consecutive(element):
-        nearest = np.clip(np.rint(wide), steps.values[0], steps.values[-1])
-        codes = np.nan_to_num(nearest).astype(np.int16).astype(np.uint8)
-        codes &= np.uint8(2**element.bits - 1)
-    else:
-        if uniform is None:
-            index = np.searchsorted(steps.edges, wide, side="left")
-        else:
-            index = _stochastic(steps, wide, uniform)
-        codes = steps.codes[np.minimum(index, len(steps.codes) - 1)]
-        if steps.negative_zero is not None:
-            value = steps.values[np.minimum(index, len(steps.codes) - 1)]
-            codes[(value == 0) & np.signbit(wide)] = steps.negative_zero
-    if element.nan_code is not None:
-        codes[np.isnan(wide)] = element.nan_code
+    short = _by_upper_half(element) if uniform is None and y.dtype == np.float32 else None
+    codes = _nearest(element, y, uniform) if short is None else short[_upper_half(y)]
     if overflow != "saturate":
+        wide = y.astype(np.float64)
         outside = beyond(element, wide, stochastic=uniform is not None)
         if overflow == "raise" and outside.any():
             first = tuple(int(i) for i in np.argwhere(outside)[0])
@@ -127,6 +112,45 @@ def encode(
                 raise ValueError(f"overflow: {element.name} has no NaN code; saturate or raise")
             codes[outside] = element.nan_code
     return codes
+
+
+def _nearest(element: Element, y: Array, uniform: Array | None = None) -> Array:
+    """The code that `encode` defines, by a search in the ladder."""
+    steps = ladder(element)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        wide = y.astype(np.float64)
+    if uniform is None:
+        index = np.searchsorted(steps.edges, wide, side="left")
+    else:
+        index = _stochastic(steps, wide, uniform)
+    index = np.minimum(index, len(steps.codes) - 1)
+    codes: Array = steps.codes[index]
+    if steps.negative_zero is not None:
+        codes[(steps.values[index] == 0) & np.signbit(wide)] = steps.negative_zero
+    if element.nan_code is not None:
+        codes[np.isnan(wide)] = element.nan_code
+    return codes
+
+
+@lru_cache(maxsize=64)
+def _by_upper_half(element: Element) -> Array | None:
+    """`_nearest` of every float32, looked up by its upper 16 bits and whether the lower are 0.
+
+    Numbers that share both lie strictly between two bfloat16 numbers, or are one. So no table
+    exists where rounding changes over inside such a gap (NF4), and it is exact everywhere else.
+    """
+    values = ladder(element).values
+    middles = (values[:-1] + values[1:]) / 2
+    narrow = middles.astype(np.float32)
+    if (narrow != middles).any() or (narrow.view(np.uint32) & 0xFFFF).any():
+        return None
+    keys = np.arange(2**17, dtype=np.uint32)
+    return _nearest(element, (keys >> 1 << 16 | (keys & 1) << 15).view(np.float32))
+
+
+def _upper_half(y: Array) -> Array:
+    bits = np.ascontiguousarray(y).view(np.uint32)
+    return bits >> 16 << 1 | ((bits & 0xFFFF) != 0)
 
 
 @lru_cache(maxsize=256)

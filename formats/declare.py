@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 WHOLE = None  # a block that spans its whole axis
 FLOATS = ("float32", "float16", "bfloat16")  # dtypes that a scale or a zero point may have
@@ -55,22 +56,22 @@ class Element:
         # A string would hash differently in the process that unpickles it.
         return zlib.crc32(f"{self.name} {self.digest}".encode())
 
-    @property
+    @cached_property
     def max(self) -> float:
         """Largest finite value."""
         return max(v for v in self.values if math.isfinite(v))
 
-    @property
+    @cached_property
     def min(self) -> float:
         """Smallest finite value."""
         return min(v for v in self.values if math.isfinite(v))
 
-    @property
+    @cached_property
     def integral(self) -> bool:
         """Every code is a whole number, so sums of products are exact in integers."""
         return all(v == round(v) if math.isfinite(v) else False for v in self.values)
 
-    @property
+    @cached_property
     def nan_code(self) -> int | None:
         """The first code that means NaN, or None."""
         return next((c for c, v in enumerate(self.values) if math.isnan(v)), None)
