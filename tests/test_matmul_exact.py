@@ -60,14 +60,17 @@ def test_every_instruction_set_gives_the_same_bits(x, w, monkeypatch):
         conformance.same_bits(got, wanted)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "matmul.cpu.fma"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("out", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("residual", [None, "float32", "float16", "bfloat16"])
-def test_exact_sums_are_rounded_once(kernel, out, residual):
-    """To nearest even, overflow to infinity included: a second rounding would show."""
-    for seed in range(6):
-        case = exact_operands(7, 40, 70, "int4_g32", bias=True, residual=residual, seed=seed)
-        case.check(lb.matmul(case.x, case.w.T, kernel=kernel, out_dtype=out, **case.options))
+def test_exact_sums_are_rounded_once(kernel, out):
+    conformance.rounded_once(kernel, "int4_g32", out)
+
+
+@pytest.mark.parametrize("x", ["float32", "int8_row"])
+@pytest.mark.parametrize("w", ["int8_row", "int4_g32_asym", "uint1_g128", "int3_g24", "nf4"])
+def test_long_rows(x, w):
+    for kernel in KERNELS:
+        conformance.long_rows(kernel, w, x)
 
 
 def test_exact_operands_notice_one_wrong_bit():

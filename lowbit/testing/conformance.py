@@ -26,7 +26,7 @@ from lowbit.testing.operands import random_qarray
 Array = npt.NDArray[Any]
 
 # A vector and one more, a row of tiles and one more, short last blocks, more rows than a tile has.
-SHAPES = ((1, 17, 65), (5, 33, 130), (13, 66, 40))
+SHAPES = ((1, 17, 65), (5, 33, 130), (37, 66, 40))
 
 
 def refusal(kernel: str, x: Any, w: QArray, **options: Any) -> str | None:
@@ -92,6 +92,45 @@ def bounded_products(
             share = assert_within_bound(result, left, w.T, kernel=kernel, **options)
             worst = max(worst, share)
     return worst
+
+
+def long_rows(kernel: str, w_format: Format | str, x: Format | str = "float32") -> None:
+    """More columns than a kernel works on at a time: what it carries over is not lost."""
+    for k in (2049, 5000):
+        case = exact_operands(3, 17, k, w_format, x, seed=k)
+        for w in (case.w, case.w.prepare()):
+            if refusal(kernel, case.x, w) is None:
+                case.check(matmul(case.x, w.T, kernel=kernel))
+
+
+def rounded_once(kernel: str, w_format: Format | str, out_dtype: str) -> None:
+    """Exact sums become a narrow dtype to nearest, ties to even, overflow to infinity."""
+    for seed in range(6):
+        case = exact_operands(7, 40, 70, w_format, bias=True, residual=out_dtype, seed=seed)
+        options = {**case.options, "out_dtype": out_dtype}
+        if refusal(kernel, case.x, case.w, out_dtype=out_dtype) is None:
+            case.check(matmul(case.x, case.w.T, kernel=kernel, **options))
+
+
+def finished_products(
+    kernel: str, w_format: Format | str, activation: str | None, out_dtype: str = "float32"
+) -> None:
+    """Alpha, bias, activation and residual in this order, over large and tiny sums."""
+    rng = np.random.default_rng(0)
+    w = random_qarray(w_format, 66, 70)
+    for size in (1.0, 1e3, 1e-30):
+        options = {
+            "alpha": 1 / 3,
+            "bias": rng.standard_normal(66),
+            "activation": activation,
+            "residual": rng.integers(-100, 100, (13, 66)).astype(checks.float_dtype(out_dtype, "")),
+            "out_dtype": out_dtype,
+        }
+        x = (rng.standard_normal((13, 70)) * size).astype(np.float32)
+        if refusal(kernel, x, w, activation=activation, out_dtype=out_dtype) is not None:
+            continue
+        result = matmul(x, w.T, kernel=kernel, **options)
+        assert_within_bound(result, x, w.T, kernel=kernel, **options)
 
 
 def same_when_prepared(kernel: str, w_format: Format | str, x: Format | str = "float32") -> None:
