@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from lowbit import checks
+from lowbit import checks, interop
 from lowbit.array import QArray
-from lowbit.formats import Element, codes, reference, scaling
+from lowbit.formats import Element, Format, codes, reference, scaling
 from lowbit.formats.reference import Array, Packed
 from lowbit.indexing import per_row
 
 
 def negate(w: QArray) -> QArray:
-    """-w, exactly: the scales change sign, or the codes where scales have none."""
+    """-w, exactly: the scales change sign, or codes and zero points where scales have none."""
     parts = w._rows()
     kind = parts.format.scale.element
     if parts.tensor_scale is not None:
@@ -29,7 +29,7 @@ def negate(w: QArray) -> QArray:
         flipped = _recode(parts.format.element, reference.element_codes(parts))
         # Eight-bit codes are their own packing.
         packed = flipped if bits == 8 else codes.pack(flipped[..., :columns], bits)
-        changed = replace(parts, codes=packed)
+        changed = replace(parts, codes=packed, zeros=_opposite(parts.format, parts.zeros))
     if changed.biases is not None:
         changed = replace(changed, biases=-changed.biases)
     return w._with(changed)
@@ -40,34 +40,60 @@ def _recode(element: Element, held: Array) -> Array:
     table = codes.decode(element, np.arange(2**element.bits, dtype=np.uint8))
     negative = codes.encode(element, -table)
     back = codes.decode(element, negative)
-    wrong = ~((back == -table) | np.isnan(table))
-    if wrong[held].any():
+    wrong = ~((back == -table) | np.isnan(table))[held]
+    if wrong.any():
         raise ValueError(
-            f"-w: {element.name} holds {table[wrong][0]:g} but not its negative; "
+            f"-w: {element.name} holds {table[held[wrong][0]]:g} but not its negative; "
             "use alpha=-1 in lowbit.matmul, or .dequantize()"
         )
     return negative[held]
+
+
+def _opposite(fmt: Format, zeros: Array | None) -> Array | None:
+    """Negated zero points."""
+    if zeros is None or not isinstance(fmt.zero, Element):
+        return None if zeros is None else -zeros
+    wide = -zeros.astype(np.int16)
+    wrong = (wide < fmt.zero.min) | (wide > fmt.zero.max)
+    if wrong.any():
+        raise ValueError(
+            f"-w: {fmt.zero.name} holds the zero point {zeros[wrong][0]} but not its negative; "
+            "use alpha=-1 in lowbit.matmul, or .dequantize()"
+        )
+    return wide.astype(zeros.dtype)
 
 
 def multiply(w: QArray, factor: Any) -> QArray:
     """w * number, or w * column of numbers (one a row), where the scaled scales are exact."""
     if isinstance(factor, QArray):
         raise TypeError("w * w would need the values; .dequantize() one of them")
-    array = np.asarray(factor)
-    if array.dtype.kind not in "fiu" and array.dtype != checks.BFLOAT16:
-        return NotImplemented  # type: ignore[no-any-return]
-    checks.finite_array(array.astype(np.float64), "w * factor")
-    parts = w._rows()
-    if array.ndim == 0:
-        return w._with(_scale_all(parts, array.astype(np.float64)))
-    rows = parts.shape[-2]
-    column = (1, rows) if w._transposed else (rows, 1)
-    if array.shape[-2:] != column or w._vector:
+    array, _ = interop.to_numpy(factor, "factor")
+    factors = array.astype(np.float64)
+    checks.finite_array(factors, "factor")
+    # No scale has more bits than float32, so a factor of more never gives an exact one. Python
+    # compares its integers with floats exactly, NumPy does not.
+    lost = factors.astype(object) != array.astype(object)
+    if np.any(lost | (np.ldexp(np.frexp(factors)[0], 24) % 1 != 0)):
         raise ValueError(
-            f"w * factor: want a number, or one for each stored row, shape {column}; "
-            f"got {array.shape}. Other products need .dequantize()."
+            "w * factor: a factor of more than 24 significant bits is not exact; round it to "
+            "float32, use alpha in lowbit.matmul, or .dequantize()"
         )
-    factors = array.reshape(*array.shape[:-2], rows, 1).astype(np.float64)
+    parts = w._rows()
+    if factors.size == 1 and factors.ndim <= w.ndim:
+        return w._with(_scale_all(parts, factors.reshape(())))
+    rows = (*parts.shape[:-1], 1)
+    if w._transposed:
+        factors = (factors if factors.ndim > 1 else factors[None]).swapaxes(-1, -2)
+    try:
+        if w._vector:
+            raise ValueError
+        factors = np.broadcast_to(factors, rows)
+    except ValueError:
+        wanted = (*rows[:-2], *(rows[:-3:-1] if w._transposed else rows[-2:]))
+        raise ValueError(
+            f"w * factor: want a number, or one for each stored row, shape {wanted}; got "
+            f"{array.shape}. Other products need .dequantize()."
+        ) from None
     return w._with(_scale_rows(per_row(parts), factors))
 
 
@@ -85,9 +111,10 @@ def divide(w: QArray, divisor: Any) -> QArray:
 
 
 def _scale_all(parts: Packed, factor: Array) -> Packed:
-    if parts.tensor_scale is not None:
-        return replace(parts, tensor_scale=_exact(parts.tensor_scale, factor, "tensor scale"))
-    return _scale_rows(parts, factor)
+    if parts.tensor_scale is None:
+        return _scale_rows(parts, factor)
+    changed = replace(parts, tensor_scale=_exact(parts.tensor_scale, factor, "tensor scale"))
+    return replace(changed, biases=_scaled_biases(parts, factor))
 
 
 def _scale_rows(parts: Packed, factors: Array) -> Packed:
@@ -102,8 +129,11 @@ def _scale_rows(parts: Packed, factors: Array) -> Packed:
             )
     else:
         scales = _exact(parts.scales, factors, "scale")
-    biases = None if parts.biases is None else _exact(parts.biases, factors, "bias")
-    return replace(parts, scales=scales, biases=biases)
+    return replace(parts, scales=scales, biases=_scaled_biases(parts, factors))
+
+
+def _scaled_biases(parts: Packed, factors: Array) -> Array | None:
+    return None if parts.biases is None else _exact(parts.biases, factors, "bias")
 
 
 def _exact(held: Array, factor: Array, what: str) -> Array:
@@ -138,6 +168,7 @@ def array_equal(a: Any, b: Any) -> bool:
     (True, False)
     """
     left, right = (
-        s.dequantize(np.float64) if isinstance(s, QArray) else np.asarray(s) for s in (a, b)
+        s.dequantize(np.float64) if isinstance(s, QArray) else interop.to_numpy(s, name)[0]
+        for s, name in ((a, "a"), (b, "b"))
     )
     return bool(np.array_equal(left, right))

@@ -94,11 +94,12 @@ def choice(value: Any, legal: tuple[str, ...], argument: str) -> str:
 
 def finite_scalar(value: Any, argument: str) -> float:
     """A finite real number."""
-    if isinstance(value, (bool, complex, str)) or (
-        isinstance(value, np.ndarray) and value.ndim > 0
-    ):
+    if isinstance(value, (bool, np.bool_, complex, str)) or getattr(value, "ndim", 0) > 0:
         raise TypeError(f"{argument}: want a real number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except TypeError:
+        raise TypeError(f"{argument}: want a real number, got {type(value).__name__}") from None
     if not math.isfinite(number):
         raise ValueError(f"{argument}: want a finite number, got {number}")
     return number
