@@ -229,11 +229,15 @@ def test_scalars_and_empty_arrays_keep_shape_and_dtype(shape, origin, dtype):
     assert (back.shape, back.dtype, bits(back)) == (shape, x.dtype, bits(x))
 
 
-def test_one_row_reversed_counts_as_contiguous_and_still_reaches_torch():
+def test_single_rows_count_as_contiguous_whatever_their_stride_and_reach_torch():
     x = np.arange(4.0).reshape(1, 4)[::-1]
     assert x.flags.carray
     assert x.strides[0] < 0
     assert from_numpy(x, TORCH).tolist() == [[0.0, 1.0, 2.0, 3.0]]
+    field = np.ones(1, "f4,i1")["f0"]
+    assert field.flags.carray
+    assert field.strides == (5,)
+    assert from_numpy(field, TORCH).tolist() == [1.0]
 
 
 def test_writing_through_the_view_writes_the_tensor():
