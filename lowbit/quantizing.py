@@ -206,8 +206,6 @@ def _static(given: Any, fmt: Format, shape: tuple[int, ...], argument: str) -> A
     if given is None:
         return None
     array, _ = interop.to_numpy(given, argument)
-    if array.dtype.kind not in "fiu" and array.dtype != checks.BFLOAT16:
-        raise TypeError(f"{argument}: want real numbers, got {array.dtype.name}")
     array = array.astype(np.float64)
     checks.finite_array(array, argument)
     if argument == "scale" and (array == 0).any():
