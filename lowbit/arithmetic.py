@@ -65,8 +65,6 @@ def _opposite(fmt: Format, zeros: Array | None) -> Array | None:
 
 def multiply(w: QArray, factor: Any) -> QArray:
     """w * number, or w * column of numbers (one a row), where the scaled scales are exact."""
-    if isinstance(factor, QArray):
-        raise TypeError("w * w would need the values; .dequantize() one of them")
     array, _ = interop.to_numpy(factor, "factor")
     factors = array.astype(np.float64)
     checks.finite_array(factors, "factor")

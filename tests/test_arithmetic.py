@@ -29,7 +29,7 @@ def array(name, shape=(6, 24), *, transposed=False, seed=0):
     codes = random.choice(finite, matrix).astype(np.uint8)
     packed = codes if fmt.element.bits == 8 else _pack(codes, fmt.element.bits)
     if isinstance(fmt.scale.element, str):
-        scales = random.choice([-3, -1.5, 0.25, 1, 2], grid).astype(fmt.scale.element)
+        scales = random.choice([-3, -1.5, 0.25, 1, 2], grid).astype(np.dtype(fmt.scale.element))
     else:
         usable = [c for c, v in enumerate(fmt.scale.element.values) if 0.25 <= abs(v) <= 8]
         scales = random.choice(usable, grid).astype(np.uint8)
@@ -40,7 +40,7 @@ def array(name, shape=(6, 24), *, transposed=False, seed=0):
     elif fmt.zero is not None:
         zeros = random.choice([-2, 0.5, 3], grid).astype(fmt.zero)
     if fmt.bias:
-        biases = random.choice([-2, 0.5, 3], grid).astype(fmt.scale.element)
+        biases = random.choice([-2, 0.5, 3], grid).astype(str(fmt.scale.element))
     second = random.choice([0.5, 3], matrix[:-2]).astype(np.float32) if fmt.tensor_scale else None
     w = lb.from_parts(
         fmt, packed.reshape(*stored[:-1], -1), scales, zeros=zeros, biases=biases,
@@ -236,6 +236,7 @@ def test_factors_of_too_many_bits_are_refused_even_where_float64_would_hide_it(f
     with pytest.raises(ValueError, match="24 significant bits"):
         w * factor
     assert (w * 2**60).scales.item() == 3 * 2.0**60
+    assert (lb.from_parts("int4_g8", w.codes, w.scales / 3) * (2**24 - 1)).scales == 2**24 - 1
     third = lb.from_parts("int4_g8", w.codes, np.full((1, 1), 1 / 3, np.float32))
     with pytest.raises(ValueError, match="scale times the factor is not exact in float32"):
         third * 3
@@ -281,9 +282,9 @@ def test_powers_of_two_divide_and_nothing_else_does():
         w / 0
     with pytest.raises(ValueError, match="finite"):
         w / np.inf
-    for divisor in ([2.0], np.ones((6, 1)), "2", True):
+    for wrong in ([2.0], np.ones((6, 1)), np.ones((1, 1)), "2", True, np.True_):
         with pytest.raises(TypeError, match="w / divisor: want a real number"):
-            w / divisor
+            w / wrong
 
 
 # Compare
