@@ -147,7 +147,7 @@ def weight_left(w: QArray, right: Array, after: Epilogue, out: Array, options: O
             {},
         )
         one = _at(after, index)
-        if one.alpha == 1 and one.bias is one.activation is one.residual is None:
+        if one.alpha == 1 and one.bias is None and not one.activation and one.residual is None:
             out[index] = product.T
         else:
             out[index] = finish(product.T.astype(np.float64), one)

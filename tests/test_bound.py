@@ -200,14 +200,14 @@ def test_shapes_of_the_bound(x, w):
 
 
 def test_the_bound_is_around_the_exact_product():
-    x, w = np.float32([[0.1, 0.2, 0.3]]), random_qarray("nf4", 4, 3)
+    x, w = np.array([[0.1, 0.2, 0.3]], np.float32), random_qarray("nf4", 4, 3)
     terms = [
-        sum(Fraction(float(a)) * Fraction(float(b)) for a, b in zip(x[0], row, strict=True))
+        sum(map(Fraction.__mul__, map(Fraction, map(float, x[0])), map(Fraction, row)), Fraction(0))
         for row in w.dequantize(np.float64)
     ]
     found = exact(x, w.T)
     assert np.abs(found.value - [[float(t) for t in terms]]).max() < 1e-15
-    nearest = np.float32([[float(single(t)) for t in terms]])
+    nearest = np.array([[float(single(t)) for t in terms]], np.float32)
     assert (np.abs(nearest - found.value) <= error_bound(x, w.T)).all()
     assert (found.low <= nearest).all()
     assert (nearest <= found.high).all()

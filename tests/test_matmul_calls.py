@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def normal(*shape, dtype=np.float32):
+def normal(*shape, dtype="float32"):
     return RNG.standard_normal(shape).astype(dtype)
 
 
@@ -211,7 +211,7 @@ def test_residuals_and_factors(residual, alpha, out):
 
 def test_float64_is_computed_in_float64():
     w = random_qarray("int4_g32", 6, 64)
-    x, bias = normal(4, 64, dtype=np.float64), normal(6, dtype=np.float64) / 3
+    x, bias = normal(4, 64, dtype="float64"), normal(6, dtype="float64") / 3
     result = check(x, w.T, bias=bias, residual=bias)
     assert result.dtype == np.float64
     exact = x @ w.dequantize(np.float64).T + 2 * bias
@@ -310,14 +310,22 @@ def test_no_warnings_about_numbers():
                     check(x, random_qarray(w, 5, 64).T, kernel=kernel, out_dtype=out)
 
 
+def stated_problems(monkeypatch):
+    """A list that every problem is added to which a kernel is prepared for."""
+    seen, real = [], kernels.prepared
+
+    def prepared(problem, name=None):
+        seen.append(problem)
+        return real(problem, name)
+
+    monkeypatch.setattr(kernels, "prepared", prepared)
+    return seen
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_invariant": True}, {"activation": "gelu"}])
 @pytest.mark.parametrize("x_format", [None, "int8_row"])
 def test_explain_names_the_kernel_that_runs(options, x_format, monkeypatch):
-    seen = []
-    real = kernels.prepared
-    monkeypatch.setattr(
-        kernels, "prepared", lambda problem, name=None: seen.append(problem) or real(problem, name)
-    )
+    seen = stated_problems(monkeypatch)
     options = {**options, "bias": normal(40), "residual": normal(3, 40), "x_format": x_format}
     x, w = normal(3, 70), random_qarray("int4_g32", 40, 70)
     lb.matmul(x, w.T, **options)
@@ -331,11 +339,7 @@ def test_explain_names_the_kernel_that_runs(options, x_format, monkeypatch):
 @pytest.mark.parametrize("x_format", [None, "int8_row", "int8_tensor"])
 @pytest.mark.parametrize("residual", ["float32", "float64", "int64", "bfloat16"])
 def test_explain_names_stacks_and_residuals_as_they_run(x, w, x_format, residual, monkeypatch):
-    seen = []
-    real = kernels.prepared
-    monkeypatch.setattr(
-        kernels, "prepared", lambda problem, name=None: seen.append(problem) or real(problem, name)
-    )
+    seen = stated_problems(monkeypatch)
     q = lb.quantize(normal(*w), "int8_row")
     options = {"residual": np.ones(17, residual), "x_format": x_format, "out_dtype": "float16"}
     lb.matmul(normal(*x), q.mT, **options)

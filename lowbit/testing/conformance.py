@@ -119,7 +119,7 @@ def finished_products(
     rng = np.random.default_rng(0)
     w = random_qarray(w_format, 66, 70)
     for size in (1.0, 1e3, 1e-30):
-        options = {
+        options: dict[str, Any] = {
             "alpha": 1 / 3,
             "bias": rng.standard_normal(66),
             "activation": activation,
@@ -266,7 +266,7 @@ def same_bits(got: Any, wanted: Any) -> None:
     kinds = [(each.shape, each.dtype) for each in pair]
     if kinds[0] != kinds[1]:
         raise AssertionError(f"want {kinds[1]}, got {kinds[0]}")
-    octets = [np.ascontiguousarray(each).view(np.uint8) for each in pair]
-    if not np.array_equal(*octets):
+    first, second = (np.ascontiguousarray(each).view(np.uint8) for each in pair)
+    if not np.array_equal(first, second):
         where = np.argwhere(pair[0] != pair[1])
         raise AssertionError(f"{len(where)} of {pair[0].size} numbers differ, first at {where[:1]}")

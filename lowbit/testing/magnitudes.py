@@ -120,5 +120,6 @@ def _logical(operand: QArray, stored: Array) -> Array:
         ordered[..., operand.columns] = stored
         stored = ordered
     if operand.ndim == 1:
-        return stored[0]
+        first: Array = stored[0]
+        return first
     return stored.swapaxes(-1, -2) if operand._transposed else stored
