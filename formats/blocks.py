@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.formats.declare import WHOLE
-
 Array = npt.NDArray[Any]
 Block = tuple[int | None, int | None]  # rows and columns that share a number
 Piece = tuple[Any, slice, slice]  # leading index, rows, columns
@@ -31,7 +29,7 @@ def pieces(shape: tuple[int, ...], *, whole_rows: bool = False) -> Iterator[Piec
 
 def cut(part: slice, size: int | None) -> tuple[slice, Array]:
     """The blocks that a run of entries touches, and where in the run each of them begins."""
-    if size is WHOLE:
+    if size is None:
         return slice(0, 1), np.zeros(1, np.intp)
     touched = slice(part.start // size, -(-part.stop // size))
     return touched, np.maximum(np.arange(touched.start, touched.stop) * size - part.start, 0)

@@ -144,7 +144,7 @@ class Scale:
     def __post_init__(self) -> None:
         if isinstance(self.element, str) and self.element not in FLOATS:
             raise ValueError(f"scale dtype {self.element!r} is not one of {', '.join(FLOATS)}")
-        if any(b is not WHOLE and b < 1 for b in self.block):
+        if any(b is not None and b < 1 for b in self.block):
             raise ValueError(f"a scale block has at least one row and column, got {self.block}")
 
 
@@ -228,7 +228,7 @@ class Format:
 
 
 def _blocks(length: int, block: int | None) -> int:
-    if block is WHOLE:
+    if block is None:
         return min(length, 1)
     return -(-length // block)
 

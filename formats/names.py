@@ -157,11 +157,11 @@ def _read_block(word: str) -> tuple[int | None, int | None] | None:
 def block_word(block: tuple[int | None, int | None]) -> str:
     """`tensor`, `row`, `g128` or `128x128`."""
     rows, columns = block
-    if rows is WHOLE and columns is WHOLE:
+    if rows is None and columns is None:
         return "tensor"
     if rows == 1:
-        return "row" if columns is WHOLE else f"g{columns}"
-    return "x".join("all" if side is WHOLE else str(side) for side in block)
+        return "row" if columns is None else f"g{columns}"
+    return "x".join("all" if side is None else str(side) for side in block)
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lowbit.formats import blocks, scaling
 from lowbit.formats import codes as code
 from lowbit.formats.blocks import Block, Piece, pieces
-from lowbit.formats.declare import WHOLE, Element, Format
+from lowbit.formats.declare import Element, Format
 
 Array = npt.NDArray[Any]
 Place = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -55,7 +55,7 @@ def spread(numbers: Array, block: Block, shape: tuple[int, int]) -> Array:
     """One entry an element: each block's number repeated over its rows and columns."""
     for axis, (size, length) in enumerate(zip(block, shape, strict=True), start=-2):
         if size != 1:
-            repeated = numbers.repeat(length if size is WHOLE else size, axis)
+            repeated = numbers.repeat(length if size is None else size, axis)
             numbers = repeated[..., :length, :] if axis == -2 else repeated[..., :length]
     return numbers
 

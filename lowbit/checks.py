@@ -15,8 +15,9 @@ from lowbit.formats import Format
 Array = npt.NDArray[Any]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOATS = {d.name: d for d in map(np.dtype, (np.float64, np.float32, np.float16))}
-_FLOATS["bfloat16"] = BFLOAT16
+_FLOATS: dict[str, np.dtype[Any]] = {
+    d.name: d for d in (*map(np.dtype, (np.float64, np.float32, np.float16)), BFLOAT16)
+}
 
 
 def float_dtype(dtype: Any, argument: str) -> np.dtype[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowbit.formats import WHOLE, Format, Scale
+from lowbit.formats import Format, Scale
 from lowbit.formats.reference import Array, Packed
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _columns(w: QArray, entry: Entry) -> QArray:
             "columns of an array with a column permutation are not contiguous; .dequantize() first"
         )
     bits, width = fmt.element.bits, fmt.scale.block[1]
-    if width is WHOLE:
+    if width is None:
         blocks = slice(None) if stop > start else slice(0, 0)
     else:
         blocks = slice(start // width, -(-stop // width))
@@ -127,7 +127,7 @@ def column_alignment(fmt: Format) -> int:
     """Smallest step at which columns may be cut."""
     per_byte = 8 // math.gcd(8, fmt.element.bits)
     width = fmt.scale.block[1]
-    return per_byte if width is WHOLE else math.lcm(width, per_byte)
+    return per_byte if width is None else math.lcm(width, per_byte)
 
 
 def _basic(w: QArray, entries: list[Any]) -> QArray:
@@ -150,7 +150,7 @@ def _basic(w: QArray, entries: list[Any]) -> QArray:
     blocks: Any = row
     if not range(start, stop, step):
         blocks = slice(0, 0)
-    elif size is WHOLE:
+    elif size is None:
         blocks = slice(None)
     elif step == 1 and start % size == 0:
         blocks = slice(start // size, -(-stop // size))
@@ -246,7 +246,7 @@ def per_row(parts: Packed) -> Packed:
     def repeat(blocks: Array | None) -> Array | None:
         if blocks is None:
             return None
-        return blocks.repeat(rows if size is WHOLE else size, -2)[..., :rows, :]
+        return blocks.repeat(rows if size is None else size, -2)[..., :rows, :]
 
     scale = Scale(parts.format.scale.element, (1, width))
     scales = repeat(parts.scales)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -55,7 +56,7 @@ def _callback(*operands: Any, call: Call) -> Any:
 
 def _abstract(x: Any, *rest: Any, call: Call) -> Any:
     result = call.shape(x)
-    return jax.core.ShapedArray(result.shape, result.dtype)
+    return ShapedArray(result.shape, result.dtype)
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[Any], *, call: Call) -> tuple[Any, int]:

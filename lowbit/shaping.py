@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from lowbit.array import QArray
-from lowbit.formats import WHOLE
 from lowbit.formats.reference import Array, Packed
 from lowbit.indexing import column_alignment, per_row
 
@@ -257,7 +256,7 @@ def _join_rows(parts: list[Packed]) -> Packed:
     at = len(parts[0].shape) - 2
     _same_lengths(parts, at)
     size = parts[0].format.scale.block[0]
-    if size is WHOLE or any(p.shape[at] % size for p in parts[:-1]):
+    if size is None or any(p.shape[at] % size for p in parts[:-1]):
         parts = [per_row(p) for p in parts]
     parts = _same_format(parts)
     if _differ([p.tensor_scale for p in parts]):
@@ -273,7 +272,7 @@ def _join_columns(parts: list[Packed]) -> Packed:
     at = len(parts[0].shape) - 1
     _same_lengths(parts, at)
     fmt = parts[0].format
-    if fmt.scale.block[1] is WHOLE and len(parts) > 1:
+    if fmt.scale.block[1] is None and len(parts) > 1:
         raise ValueError(
             f"concatenate: {fmt.name} has one scale for whole rows, which cannot be joined along "
             "them; quantize the joined values"

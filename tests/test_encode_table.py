@@ -6,7 +6,7 @@ import pytest
 from lowbit import formats
 from lowbit.formats import codes
 
-ELEMENTS = {named.format.element.name: named.format.element for named in formats.declared().values()}
+ELEMENTS = {n.format.element.name: n.format.element for n in formats.declared().values()}
 
 
 def tricky(element):

@@ -245,9 +245,7 @@ def _minifloat(form: Minifloat) -> Emit:
         placed = f.op("ashr", raised, 32 - form.bits - place)
         pattern = f.op("and", placed, fields - 2**31)
         result = f.op("fmul", f.bits(pattern, FLOAT), 2.0**form.power)
-        if form.thresholds:
-            magnitude = f.op("and", pattern, fields)
-            sign = f.op("and", pattern, -(2**31))
+        magnitude, sign = f.op("and", pattern, fields), f.op("and", pattern, -(2**31))
         for least, special in form.thresholds:
             beyond = f.compare("ugt", magnitude, (least << place) - 1)
             result = f.select(beyond, f.bits(f.op("or", sign, special), FLOAT), result)

@@ -69,6 +69,7 @@ def _build(p: Problem) -> Bind:
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
             scale = w_scale * operands.second_level(x)
             arguments = operands.output_arguments(epilogue, out, scale)
+            scales = None
             if spec.x_scale:
                 rows, scales = operands.x_values(x, width), operands.x_blocks(x)
                 arguments["x_scales"] = operands.address(scales)
@@ -76,7 +77,7 @@ def _build(p: Problem) -> Bind:
             else:
                 rows = operands.padded(x, width)
             if spec.biases:
-                repeated = np.repeat(scales, x_blocks, axis=1) if spec.x_scale else None
+                repeated = None if scales is None else np.repeat(scales, x_blocks, axis=1)
                 sums = _sums(rows, segment, repeated)
                 arguments["x_sums"] = operands.address(sums)
                 arguments["x_sums_stride"] = sums.shape[1]

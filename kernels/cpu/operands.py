@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.formats import WHOLE, Element, Format, codes, reference, scaling
+from lowbit.formats import Element, Format, codes, reference, scaling
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import isa as isas
 from lowbit.kernels.cpu.isa import Isa
@@ -48,13 +48,13 @@ def segment_of(problem: Problem) -> int:
     widths = [problem.w.scale.block[1]]
     if not isinstance(problem.x, str):
         widths.append(problem.x.scale.block[1])
-    found = [w for w in widths if w is not WHOLE and w < problem.k]
+    found = [w for w in widths if w is not None and w < problem.k]
     return math.gcd(*found) if found else problem.k
 
 
 def blocks_of(block: int | None, segment: int, k: int) -> int:
     """Segments that share one scale of this block width."""
-    return -(-k // segment) if block is WHOLE or block >= k else block // segment
+    return -(-k // segment) if block is None or block >= k else block // segment
 
 
 def refuse_common(p: Problem) -> str | None:
@@ -81,7 +81,7 @@ def weight_arguments(w: Packed | Words16, segment: int) -> dict[str, int]:
         "codes_stride": w.codes.strides[0] if isinstance(w, Packed) else 0,
         "scales": address(w.scales),
         "scales_stride": w.scales.strides[0] // w.scales.itemsize,
-        "block_rows": w.shape[-2] if rows is WHOLE else rows,
+        "block_rows": w.shape[-2] if rows is None else rows,
         "block_segments": blocks_of(columns, segment, k),
     }
     if w.zeros is not None:

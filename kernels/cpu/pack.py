@@ -131,8 +131,10 @@ def row_table(module: Module) -> Function:
     """Addresses of rows first, first + 1, ... of which `block` share one; none beyond `count`."""
     f = module.function(
         "row_table",
-        dict.fromkeys(("base", "table"), "ptr")
-        | dict.fromkeys(("stride", "first", "count", "block"), "i64"),
+        {
+            **dict.fromkeys(("base", "table"), "ptr"),
+            **dict.fromkeys(("stride", "first", "count", "block"), "i64"),
+        },
         "apart",
     )
     base, table, stride, first, count, block = f.parameters
