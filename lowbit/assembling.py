@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,10 @@ def _codes(fmt: Format, given: Any, shape: tuple[int, ...] | None) -> tuple[Arra
                 f"{element.bits}-bit codes; pass shape="
             )
         shape = (*array.shape[:-1], full // element.bits)
-    shape = tuple(int(s) for s in shape)
+    try:
+        shape = tuple(operator.index(length) for length in shape)
+    except TypeError:
+        raise TypeError(f"shape: want a tuple of whole numbers, got {shape!r}") from None
     wanted = (*shape[:-1], fmt.row_bytes(shape[-1])) if shape else ()
     if array.shape != wanted:
         raise ValueError(
@@ -149,7 +153,8 @@ def _tensor_scale(fmt: Format, given: Any, lead: tuple[int, ...]) -> Array | Non
         raise ValueError(f"tensor_scale: {fmt.name} needs it, one float32 for each matrix")
     array, _ = interop.to_numpy(given, "tensor_scale")
     checks.floating(array, "tensor_scale")
-    array = array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        array = array.astype(np.float32, copy=False)
     if array.shape != lead and array.size == int(np.prod(lead)):
         array = array.reshape(lead)
     if array.shape != lead:
@@ -177,7 +182,8 @@ def _divisor(given: Any, length: int) -> Array | None:
     checks.floating(array, "divisor")
     if array.shape != (length,):
         raise ValueError(f"divisor: want shape ({length},), got {array.shape}")
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused below
+        array = array.astype(np.float32)
     checks.finite_array(array, "divisor")
     if (array == 0).any():
         raise ValueError("divisor: an entry is 0")
