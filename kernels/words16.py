@@ -53,7 +53,7 @@ class Words16:
         single = parts.format.scale.block[0] == 1
         codes = _each(parts.codes, lambda c: layouts.words16(c, bits))
         scales, zeros, biases = (
-            p if p is None or not single else _each(p, layouts.panels16)
+            p if p is None else _each(p, layouts.panels16) if single else np.ascontiguousarray(p)
             for p in (parts.scales, parts.zeros, parts.biases)
         )
         assert scales is not None
