@@ -109,16 +109,30 @@ def peak_memory(name: str) -> Figure:
     return Figure(f"peak of quantize {name}", (x.nbytes + peak) / (x.nbytes + w.nbytes), "x", 1.2)
 
 
+def against_numpy() -> Figure:
+    """One row times int4 weights, over what dequantizing and numpy.matmul take."""
+    rng = np.random.default_rng(0)
+    w = lb.quantize(rng.standard_normal((4096, 4096), np.float32), "int4_g128")
+    x = rng.standard_normal((1, 4096), np.float32)
+    ratios = []
+    for _ in range(5):
+        ours = min(timeit.repeat(lambda: x @ w.T, number=3, repeat=3)) / 3
+        theirs = min(timeit.repeat(lambda: x @ w.dequantize().T, number=1, repeat=2))
+        ratios.append(ours / theirs)
+    name = "int4_g128 4096^2, M = 1, over dequantize + numpy.matmul"
+    return Figure(name, statistics.median(ratios), "x", 1.0)
+
+
 def main() -> None:
     """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    figures = [import_ratio(), *first_calls(), dispatch()]
+    figures = [import_ratio(), *first_calls(), dispatch(), against_numpy()]
     figures += [peak_memory(f) for f in ("int4_g128", "int8_row", "fp8", "nvfp4", "int8_tensor")]
     for figure in figures:
         mark = "" if figure.value <= figure.limit else "   beyond its limit"
-        print(f"{figure.name:<34} {figure.value:9.3g} {figure.unit:<2} <= {figure.limit:g}{mark}")
+        print(f"{figure.name:<56}{figure.value:9.3g} {figure.unit:<2} <= {figure.limit:g}{mark}")
     if options.json:
         record = {"machine": machine.describe(), "figures": [asdict(f) for f in figures]}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

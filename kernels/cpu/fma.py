@@ -39,11 +39,12 @@ def _accepts(p: Problem) -> str | None:
 
 
 def _cost(p: Problem) -> float:
-    # Estimated on 2 Zen 4 cores: repacking a canonical weight, then lanes per cycle.
+    # Estimated on 2 Zen 4 cores: repacking a canonical weight, decoding x, then lanes per cycle.
     lanes = operands.isa_of(p).lanes
     rate = 2.5e9 * lanes * min(p.threads, 64)
     packing = 0.4e-9 * p.n * p.k / p.threads if p.layout == "rows" else 0.0
-    return 8e-6 + packing + p.m * p.n * p.k / rate
+    decoding = 8e-9 * p.m * p.k if isinstance(p.x, Format) else 0.0
+    return 8e-6 + packing + decoding + p.m * p.n * p.k / rate
 
 
 def _build(p: Problem) -> Bind:
