@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lowbit.formats import Element, Format, reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels.words16 import Words16
+from lowbit.refusals import Refusals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,7 @@ _keys = itertools.count(1)
 contents: weakref.WeakValueDictionary[int, Content] = weakref.WeakValueDictionary()
 
 
-class QArray:
+class QArray(Refusals):
     """A quantized array: packed codes, shared scales, a logical shape and dtype.
 
     Made by `lowbit.quantize` or `lowbit.from_parts`; immutable. It multiplies like a matrix of
@@ -70,8 +71,6 @@ class QArray:
         "_vector",
     )
     __array_priority__ = 10000.0
-    __hash__ = None  # type: ignore[assignment]
-    __iter__ = None
 
     _parts: Packed | Words16
     _transposed: bool
@@ -427,30 +426,6 @@ class QArray:
         from lowbit import protocols
 
         return protocols.torch_function(func, args, kwargs or {})
-
-    # What it refuses
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        raise TypeError(
-            "a QArray does not turn into a NumPy array by itself; .dequantize() gives its "
-            "values, .codes and .scales its parts"
-        )
-
-    def __bool__(self) -> bool:
-        raise TypeError("the truth of a QArray is not defined; compare with lowbit.array_equal")
-
-    def __float__(self) -> float:
-        raise TypeError("a QArray is no number; .dequantize() gives its values")
-
-    __int__ = __index__ = __complex__ = __float__
-
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("== would need the values; lowbit.array_equal compares two arrays whole")
-
-    __ne__ = __eq__
-
-    def __contains__(self, item: object) -> bool:
-        raise TypeError("`in` would need the values; search .dequantize()")
 
     # How it looks
 

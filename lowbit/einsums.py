@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from lowbit.array import QArray
 from lowbit.products import matmul
 
@@ -26,17 +28,20 @@ def einsum(subscripts: Any, *operands: Any, out: Any = None) -> Any:
     if not isinstance(subscripts, str) or len(operands) != 2:
         raise TypeError("einsum of a QArray takes subscripts as text and two operands")
     left, right, result = _labels(subscripts)
-    a, b = operands
+    held: list[Any] = [o if hasattr(o, "ndim") else np.asarray(o) for o in operands]
+    a, b = held
     if not isinstance(b, QArray):
         a, b, left, right = b, a, right, left
     if len(left) != a.ndim or len(right) != b.ndim:
-        raise ValueError(f"einsum: {subscripts!r} does not fit {a.ndim} and {b.ndim} axes")
+        raise ValueError(f"einsum: {subscripts!r} does not fit shapes {a.shape} and {b.shape}")
+    if any(c not in left + right for c in result):
+        raise ValueError(f"einsum {subscripts!r}: the output has a label that no operand has")
     shared = [c for c in right if c in left]
     summed = [c for c in shared if c not in result]
     batch = [c for c in shared if c in result]
     if len(summed) != 1 or any(c not in result for c in left + right if c not in summed):
         raise TypeError(f"einsum {subscripts!r} of a QArray: exactly one shared label is summed")
-    if right[: len(batch)] != "".join(batch) or len(right) - len(batch) > 2:
+    if right[: len(batch)] != "".join(batch) or len(right) - len(batch) != min(2, b.ndim):
         raise TypeError(
             f"einsum {subscripts!r}: a QArray's labels are shared batch labels, then its two "
             "matrix axes; .transpose it first or .dequantize()"

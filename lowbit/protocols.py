@@ -28,6 +28,11 @@ def array_ufunc(ufunc: np.ufunc, method: str, inputs: tuple[Any, ...], kwargs: A
             return left * right if isinstance(left, QArray) else right * left
         if out is None and ufunc is np.true_divide and isinstance(inputs[0], QArray):
             return inputs[0] / inputs[1]
+    if ufunc is np.matmul and method == "__call__":
+        raise TypeError(
+            f"numpy.matmul of a QArray takes out= only, got {', '.join(kwargs)}=; in place of "
+            "x @= w write x = x @ w"
+        )
     if ufunc in (np.equal, np.not_equal):
         raise TypeError("== would need the values; lowbit.array_equal compares two arrays whole")
     raise TypeError(
@@ -44,6 +49,7 @@ def _swapaxes(a: QArray, axis1: int, axis2: int) -> QArray:
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    np.linalg.matmul: lambda x1, x2, /: matmul(x1, x2),
     np.dot: lambda a, b, out=None: _dot(a, b, out),
     np.einsum: lambda subscripts, *operands, out=None, optimize=False: einsums.einsum(
         subscripts, *operands, out=out
@@ -94,19 +100,21 @@ def _inner(a: Any, b: Any) -> Any:
 
 def array_function(func: Any, args: Any, kwargs: Any) -> Any:
     """NumPy's other functions."""
+    name = f"{func.__module__}.{func.__name__}"
     handler = _FUNCTIONS.get(func)
     if handler is None:
-        raise TypeError(
-            f"numpy.{func.__name__} would need the values of a QArray; call .dequantize() first"
-        )
+        raise TypeError(f"{name} would need the values of a QArray; call .dequantize() first")
     try:
         return handler(*args, **kwargs)
     except TypeError as error:
         if "keyword argument" in str(error) or "positional argument" in str(error):
-            raise TypeError(
-                f"numpy.{func.__name__} of a QArray does not take these arguments: {error}"
-            ) from None
+            raise TypeError(f"{name} of a QArray does not take these arguments: {error}") from None
         raise
+
+
+_TORCH_PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "__matmul__")
+# What torch calls the operands of these, in order.
+_TORCH_OPERANDS = ("input", "other", "mat2", "vec", "tensor")
 
 
 def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
@@ -115,15 +123,14 @@ def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
     torch = sys.modules["torch"]
     if torch.compiler.is_compiling() and func is torch.Tensor.matmul:
         args = tracing.ordered(*args)
-    if name in ("matmul", "mm", "bmm", "__matmul__", "dot", "mv"):
-        return matmul(*args, **_renamed(kwargs))
+    if name in _TORCH_PRODUCTS:
+        named = [kwargs.pop(word) for word in _TORCH_OPERANDS if word in kwargs]
+        return matmul(*args, *named, out=_only_out(name, kwargs))
     if name == "__rmatmul__":
         return matmul(args[1], args[0])
     if name == "linear":
-        x, weight, bias = [*args, None, None, None][:3]
-        return linear(
-            kwargs.get("input", x), kwargs.get("weight", weight), bias=kwargs.get("bias", bias)
-        )
+        given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        return linear(given["input"], given["weight"], bias=given.get("bias"))
     if name == "einsum":
         return einsums.einsum(*args)
     raise TypeError(
@@ -131,8 +138,8 @@ def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
     )
 
 
-def _renamed(kwargs: Any) -> dict[str, Any]:
-    unknown = set(kwargs) - {"out"}
-    if unknown:
-        raise TypeError(f"a product with a QArray takes out=, not {', '.join(sorted(unknown))}")
-    return dict(kwargs)
+def _only_out(name: str, kwargs: Any) -> Any:
+    out = kwargs.pop("out", None)
+    if kwargs:
+        raise TypeError(f"torch.{name} of a QArray takes out= only, got {', '.join(kwargs)}=")
+    return out
