@@ -145,7 +145,10 @@ def _quantized(
     small: bool = False,
 ) -> tuple[QArray, float]:
     """Ready parts, and a power of two that every value is a whole multiple of."""
-    legal, step = _grid(rng, fmt, 15 if small else 2**_DIGITS if single else 256)
+    if single:
+        legal, step = _alone(fmt, small), 1.0
+    else:
+        legal, step = _grid(rng, fmt, 15 if small else 256)
     chosen = rng.choice(legal, (rows, columns)).astype(np.uint8)
     grid = fmt.grid((rows, columns))
     scales, lowest = _scales(rng, fmt, grid)
@@ -155,7 +158,8 @@ def _quantized(
         if not isinstance(fmt.zero, str):
             low, high = max(low, fmt.zero.min), min(high, fmt.zero.max)
         if small:
-            low, high = max(low, -7), min(high, 7)
+            most = 0 if single else 7
+            low, high = max(low, -most), min(high, most)
         dtype = reference.zero_dtype(fmt)
         zeros = rng.integers(int(low), int(high) + 1, grid).astype(dtype)
     if fmt.bias:
@@ -173,6 +177,16 @@ def _quantized(
         shape=(rows, columns),
     )
     return array, step * lowest * (second or 1.0)
+
+
+def _alone(fmt: Format, small: bool) -> Array:
+    """Codes that one product is exact with: all of w's, powers of two of x's."""
+    values = np.array(fmt.element.values)
+    legal = np.isfinite(values)
+    if small:
+        fraction = np.abs(np.frexp(np.where(legal, values, 3.0))[0])
+        legal = (fraction == 0.5) | (fraction == 0)
+    return np.flatnonzero(legal)
 
 
 def _grid(rng: np.random.Generator, fmt: Format, most: int) -> tuple[Array, float]:

@@ -86,7 +86,7 @@ def in_memory(array: Array, kind: str) -> Array:
     (-12, -4)
     """
     if kind == "F":
-        return np.asfortranarray(array)
+        return np.array(array, order="F")
     if kind == "strided":
         wide = _noise([2 * length for length in array.shape], array.dtype)
         every = wide[(slice(None, None, 2),) * array.ndim]
