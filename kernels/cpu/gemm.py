@@ -25,9 +25,9 @@ from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import native, pool, program
 from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.program import HEAD, Arguments, PackArguments
+from lowbit.kernels.cpu.program import HEAD, PackArguments
 from lowbit.kernels.cpu.spec import INTEGERS, Spec
-from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, shapes, stored_offset, word_steps
+from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, shapes, word_steps
 from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS, codes_per_word, word_bits, word_columns
 
 Array = npt.NDArray[Any]
@@ -324,7 +324,6 @@ def build_pack(isa: Isa) -> Pack:
 
 
 __all__ = [
-    "Arguments",
     "Arranged",
     "Gemm",
     "Pack",
@@ -335,6 +334,5 @@ __all__ = [
     "codes_per_word",
     "longest_segment",
     "refuse",
-    "stored_offset",
     "word_columns",
 ]
