@@ -118,9 +118,9 @@ MUTANTS = (
         exact_products, FMA, "int4_g32",
     ),
     change(
-        "float16 accumulation", "cpu.tile",
+        "accumulation with the digits of float16", "cpu.tile",
         "return f.fma(x, w, total)",
-        'return f.cast("fpext", f.cast("fptrunc", f.fma(x, w, total), "<16 x half>"), FLOAT)',
+        'return f.bits(f.op("and", f.bits(f.fma(x, w, total), INT), -(2**13)), FLOAT)',
         bounded_products, FMA, "int4_g32",
     ),
     change(
