@@ -69,7 +69,7 @@ def _labels(subscripts: str) -> tuple[str, str, str]:
     text = subscripts.replace(" ", "")
     inputs, arrow, result = text.partition("->")
     parts = inputs.split(",")
-    if "." in text or len(parts) != 2 or any(len(set(p)) != len(p) for p in (*parts, result)):
+    if len(parts) != 2 or any(len(set(p)) != len(p) for p in (*parts, result)):
         raise TypeError(f"einsum {subscripts!r} of a QArray: two inputs, no ellipsis, no diagonals")
     if not arrow:
         every = "".join(parts)

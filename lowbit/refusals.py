@@ -54,7 +54,6 @@ class Refusals:
     def __eq__(self, other: object) -> bool:
         raise TypeError("== would need the values; lowbit.array_equal compares two arrays whole")
 
-    __ne__ = __eq__
     __lt__ = __le__ = __gt__ = __ge__ = _needs_values
 
     # Arithmetic that no scale can stand for

@@ -163,6 +163,7 @@ def test_einsum_is_numpys(case):
         ("mk,nk->mnk", (3, 24), (5, 24), TypeError, "exactly one shared label is summed"),
         ("mnk,nk->m", (3, 5, 24), (5, 24), TypeError, "exactly one shared label is summed"),
         ("nk,nk->n", (5, 24), (5, 24), TypeError, "batch labels, then its two matrix axes"),
+        ("bmk,nbk->bmn", (2, 3, 24), (5, 2, 24), TypeError, "batch labels, then its two matrix"),
         ("mn,bnk->mbk", (3, 5), (2, 5, 24), TypeError, "batch labels, then its two matrix axes"),
         ("...k,nk->...n", (3, 24), (5, 24), TypeError, "no ellipsis"),
         ("kk,nk->n", (24, 24), (5, 24), TypeError, "no diagonals"),
@@ -205,7 +206,8 @@ def test_torch_gets_torch_back(dtype):
         torch.matmul(input=tensor, other=held.T), torch.mm(input=tensor, mat2=held.T),
         tensor.matmul(held.T), tensor.mm(held.T), linear(tensor, held),
         linear(input=tensor, weight=held), torch.einsum("mk,nk->mn", tensor, held),
-        (held @ tensor.T).T, torch.matmul(held, tensor.T).T, lb.linear(tensor, held),
+        (held @ tensor.T).T, torch.matmul(held, tensor.T).T, tensor.T.__rmatmul__(held).T,
+        lb.linear(tensor, held),
     ):  # fmt: skip
         assert type(got) is torch.Tensor
         assert got.dtype == tensor.dtype
@@ -318,8 +320,8 @@ def test_jax_does_not_turn_a_qarray_into_an_array():
         lambda w: w + np.ones(8), lambda w: np.ones(8) + w, lambda w: w**2, lambda w: 2**w,
         lambda w: w // 2, lambda w: 5 // w,
         lambda w: w % 2, lambda w: 5 % w, lambda w: divmod(w, 2), lambda w: divmod(2, w),
-        lambda w: 1 / w, lambda w: np.ones(8) / w, lambda w: w < 1, lambda w: w >= w,
-        lambda w: 1 > w, lambda w: 2 <= w, lambda w: np.ones(8) < w,
+        lambda w: 1 / w, lambda w: np.ones(8) / w, lambda w: w < 1, lambda w: w <= 1,
+        lambda w: w >= w, lambda w: 1 > w, lambda w: 2 <= w, lambda w: np.ones(8) < w,
         lambda w: np.add(w, 1), lambda w: np.sum(w), lambda w: np.mean(w, axis=0),
         lambda w: np.add.reduce(w), lambda w: np.multiply.outer(w, [2.0]),
         lambda w: np.maximum(w, 0), lambda w: np.exp(w), lambda w: np.isnan(w),
