@@ -58,6 +58,13 @@ def guarded(rows: int, columns: int, dtype: Any, spare: int = 5) -> tuple[Array,
     return whole[1 : rows + 1, :columns], whole
 
 
+def spaced(a: Array) -> Array:
+    """A copy whose rows lie apart."""
+    view, _ = guarded(len(a), a.shape[1], a.dtype, 2)
+    view[...] = a
+    return view
+
+
 @dataclass
 class Case:
     """One product: random operands, what the oracle makes of them, and how to call a kernel."""
@@ -183,11 +190,13 @@ class Case:
         packed[...] = bitstream.pack(self.codes, element.bits)
         blocks = {"scales": self.scales, "zeros": self.zeros, "biases": self.biases}
         held = {name: a for name, a in blocks.items() if a is not None}
-        codes, stride = packed, self.blocks
+        codes, stride = packed, self.blocks + 2
         if spec.layout == "words16":
             codes = layouts.words16(packed, element.bits)
         if spec.scale_layout == "panels16":
             held = {name: layouts.panels16(a) for name, a in held.items()}
+        else:
+            held = {name: spaced(a) for name, a in held.items()}
         extra: dict[str, Any] = {name: address(a) for name, a in held.items()}
         if spec.inner == "dot":
             arranged = gemm.arrange(self.x, element, isa, self.segment)
