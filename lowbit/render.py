@@ -39,8 +39,9 @@ def html(w: QArray) -> str:
 def rich_table(w: QArray) -> Any:
     """A table for rich's console."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("QArray", "", title=None, show_edge=False)
     for key, value in _facts(w):
-        table.add_row(key, value)
+        table.add_row(key, Text(value))  # no markup: a name may hold brackets
     return table
