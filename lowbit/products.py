@@ -124,7 +124,7 @@ def matmul(
         left = quantized(left, checks.as_format(x_format, "x_format"), x_scale)
     elif x_scale is not None:
         raise ValueError("x_scale: static scales go with x_format=")
-    factor = 1.0 if alpha == 1.0 else checks.finite_scalar(alpha, "alpha")
+    factor = 1.0 if type(alpha) is float and alpha == 1 else checks.finite_scalar(alpha, "alpha")
     result = _product(left, right, factor, bias, residual, options)
     if target is None:
         return interop.from_numpy(result, origin)
@@ -158,6 +158,8 @@ def linear(x: Any, w: Any, **options: Any) -> Any:
     """
     if isinstance(w, QArray):
         return matmul(x, w if w._vector else w.mT, **options)
+    if np.ndim(w) < 2:
+        return matmul(x, w, **options)
     transposed = w.mT if hasattr(w, "mT") else np.asarray(w).swapaxes(-1, -2)
     return matmul(x, transposed, **options)
 
@@ -186,6 +188,8 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
 
 
 def _target(out: Any) -> Array:
+    if not isinstance(out, np.ndarray) and not hasattr(type(out), "__dlpack__"):
+        raise TypeError(f"out: want an array to write into, got {type(out).__name__}")
     array, _ = interop.to_numpy(out, "out")
     checks.floating(array, "out")
     if not array.flags.writeable:
@@ -234,6 +238,7 @@ def _product(
 ) -> Array:
     """(..., M, N) in NumPy, axes of one-dimensional operands dropped."""
     dtype = options.out_dtype or promoted(left.dtype, right.dtype)
+    given = left, right
     drop_rows, drop_columns = left.ndim == 1, right.ndim == 1
     if drop_rows:
         left = left._view(transposed=False) if isinstance(left, QArray) else left[None]
@@ -245,7 +250,7 @@ def _product(
     if left.shape[-1] != right.shape[-2]:
         raise ValueError(
             f"matmul: x has {left.shape[-1]} columns, w has {right.shape[-2]} rows; shapes "
-            f"{left.shape} and {right.shape}"
+            f"{given[0].shape} and {given[1].shape}"
         )
     lead = right.shape[:-2]
     if lead or isinstance(left, QArray):
