@@ -19,7 +19,7 @@ def pieces(shape: tuple[int, ...], *, whole_rows: bool = False) -> Iterator[Piec
     """About CHUNK numbers at a time, in row-major order; columns are cut at whole bytes."""
     rows, columns = shape[-2:]
     wide = columns if whole_rows else min(columns, max(CHUNK // 8 * 8, 8))
-    tall = max(1, CHUNK // max(wide, 1)) if wide == columns else 1
+    tall = max(1, CHUNK // max(wide, 1))  # 1 where a row is cut
     for lead in np.ndindex(shape[:-2]):
         for top in range(0, rows, tall):
             for left in range(0, columns, max(wide, 1)):

@@ -150,7 +150,8 @@ def _by_upper_half(element: Element) -> Array | None:
 
 def _upper_half(y: Array) -> Array:
     bits = np.ascontiguousarray(y).view(np.uint32)
-    return bits >> 16 << 1 | ((bits & 0xFFFF) != 0)
+    keys: Array = bits >> 16 << 1 | ((bits & 0xFFFF) != 0)
+    return keys
 
 
 @lru_cache(maxsize=256)

@@ -52,10 +52,6 @@ class Element:
         table = struct.pack(f"{len(self.values)}d", *self.values)
         object.__setattr__(self, "digest", hashlib.sha256(table).hexdigest()[:16])
 
-    def __hash__(self) -> int:
-        # A string would hash differently in the process that unpickles it.
-        return zlib.crc32(f"{self.name} {self.digest}".encode())
-
     @cached_property
     def max(self) -> float:
         """Largest finite value."""
@@ -198,7 +194,8 @@ class Format:
             raise ValueError("a format has a zero point or a bias, not both")
         if self.bias and isinstance(self.scale.element, Element):
             raise ValueError("a bias has the scale's dtype, which must then be a float dtype")
-        # Dispatch looks formats up in dictionaries, so the hash is made once.
+        # Dispatch looks formats up in dictionaries, so the hash is made once; not by hash(), which
+        # of a string differs in the process that unpickles it.
         parts = (self.element, self.scale, self.zero, self.bias, self.tensor_scale)
         object.__setattr__(self, "_hash", zlib.crc32(repr(parts).encode()))
 

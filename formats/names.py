@@ -65,9 +65,8 @@ def register(named: Named) -> None:
         raise ValueError(
             f"name {named.name!r}: {taken[0]!r} is a word of format names; choose another"
         )
+    # The caches stay: what failed is in none, and what was read keeps its meaning.
     _user[named.name] = named
-    _parse.cache_clear()
-    spell.cache_clear()
 
 
 def get(name: str) -> Format:

@@ -282,12 +282,10 @@ def _narrowed(fmt: Format, wanted: Array, dtype: np.dtype[Any], what: str) -> Ar
 def _step(fmt: Format, scales: Array, tensor_scale: Any, dtype: np.dtype[Any]) -> Array:
     """scale * tensor_scale of each block, in the arithmetic's dtype."""
     step = scaling.decode_scales(fmt, scales).astype(dtype)
-    if tensor_scale is None:
-        return step
-    with np.errstate(over="ignore"):
-        step *= np.asarray(tensor_scale, dtype)[..., None, None]
-    # The product of two small scales may underflow; dividing by it must stay possible.
-    return np.where(step == 0, dtype.type(np.finfo(np.float32).smallest_subnormal), step)
+    if tensor_scale is not None:
+        with np.errstate(over="ignore"):
+            step *= np.asarray(tensor_scale, dtype)[..., None, None]
+    return step
 
 
 def zero_dtype(fmt: Format) -> np.dtype[Any]:

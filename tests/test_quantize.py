@@ -25,6 +25,7 @@ VARIANTS = (
     "int8_row_zbf16",
     "uint2_g16_zf32",
     "uint4_g8_zint8",
+    "int4_g8_asym_e4m3",
     "uint3_g8_bias",
     "int6_row_bias_bf16",
     "int4_4x4",
@@ -202,7 +203,7 @@ def expected(fmt, x):
         scale = stored_scale(fmt, wanted)
         step = number(scale)
         if second is not None:
-            step = step * number(second) or number(2.0**-149)
+            step = step * number(second)
         zero = bias = None
         if fmt.bias:
             bias = narrowed(low - number(fmt.element.min) * step, fmt.scale.element)
@@ -377,6 +378,20 @@ def test_offsets_far_from_zero_are_refused_where_their_type_ends():
     assert lb.quantize(x, "uint4_g32_zf32").zeros is not None
 
 
+def test_integer_zero_points_stay_in_their_range():
+    """A scale that was rounded down, or given, asks for one beyond the last code."""
+    x = f32([[-10.0, -1.0]])
+    w = lb.quantize(x, "uint4_g2_asym", scale=0.1)
+    assert w.zeros is not None
+    assert w.zeros.tolist() == [[15]]
+    w = lb.quantize(-x, "int4_g2_asym_e4m3", scale=0.25)
+    assert w.zeros is not None
+    assert w.zeros.tolist() == [[-8]]
+    for name in ("int4_row_asym_e4m3", "uint8_row_asym_e4m3"):
+        for largest in np.linspace(1, 2, 40, dtype=np.float32):
+            check(name, f32([[-largest, -largest / 3]]))
+
+
 def test_a_constant_block_far_from_zero_keeps_its_number():
     x = np.full((1, 32), 5.25, np.float32)
     for name in ("uint4_g32_zf32", "uint4_g32_zf16", "uint4_g32_bias"):
@@ -404,6 +419,9 @@ def test_a_tiny_tensor_is_coarse_under_two_levels_and_not_lost():
     w = lb.quantize(x, "nvfp4")
     assert w.tensor_scale == np.float32(2.0**-149)
     np.testing.assert_array_equal(w.dequantize(), x)
+    below = lb.quantize(np.array([[1e-300, -1e-300]]), "nvfp4")
+    assert below.tensor_scale == np.float32(2.0**-149)
+    assert (below.dequantize() == 0).all()
 
 
 # Values of the grid
@@ -447,6 +465,17 @@ def test_what_was_dequantized_comes_back_under_the_same_scales(name):
 
 
 # Values out
+
+
+def test_dequantized_values_are_rounded_to_bfloat16_once():
+    """A product just above a tie of bfloat16, which float32 in between would round to the tie."""
+    tie = 1 + 2.0**-8
+    scales = {code: np.float32(tie / code) for code in range(2, 128)}
+    above = [c for c, s in scales.items() if c * float(s) > tie and np.float32(c * float(s)) == tie]
+    assert above
+    for code in above:
+        w = lb.from_parts("int8_row", np.array([[code]], np.int8), f32([[scales[code]]]))
+        assert w.dequantize("bfloat16").tolist() == [[1 + 2.0**-7]]
 
 
 @given(name=formats(), x=data())

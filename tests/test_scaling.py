@@ -308,6 +308,17 @@ def test_mse_takes_the_best_of_its_thirty_shares(name):
     assert (found < plain).any()
 
 
+def test_mse_shrinks_as_far_as_it_pays():
+    """31 * (0.45 - s)**2 + (1 - s)**2 is least at 0.467: of the shares, at 0.46."""
+    x = np.full((1, 32), 0.45, np.float32)
+    x[0, 5] = 1
+    w = lb.quantize(x, "int2_g32", method="mse")
+    assert w.scales == np.float32(1 - 27 * 0.02)
+    # And no further than 0.42, where 0.32 would be best.
+    x[x < 1] = 0.3
+    assert lb.quantize(x, "int2_g32", method="mse").scales == np.float32(1 - 29 * 0.02)
+
+
 def shrunk(fmt, x, share):
     """Quantize x with the scales that its extremes times `share` ask for."""
     low, high = reference.extremes(fmt, x)
