@@ -77,15 +77,15 @@ def triple(module, value=14):
 def load_again(monkeypatch, record):
     """Load as another process would; give the answer and the number of compilations."""
     compiled = []
-    optimised = native._optimised
+    parsed = native._parsed
 
     def counted(ir, record):
         compiled.append(ir)
-        return optimised(ir, record)
+        return parsed(ir, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(native, "_loaded", {})
-        patch.setattr(native, "_optimised", counted)
+        patch.setattr(native, "_parsed", counted)
         answer = triple(native.load(TRIPLE, record))
     return answer, len(compiled)
 
@@ -320,15 +320,15 @@ def test_nothing_heavy_is_imported(folder):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_fork_during_a_compilation_leaves_a_child_that_can_compile(folder, monkeypatch):
     begun = threading.Event()
-    optimised = native._optimised
+    parsed = native._parsed
 
     def slow(ir, record):
         begun.set()
         time.sleep(0.2)
-        return optimised(ir, record)
+        return parsed(ir, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_optimised", slow)
+        patch.setattr(native, "_parsed", slow)
         compiling = threading.Thread(target=native.load, args=(TRIPLE, isa.host()))
         compiling.start()
         begun.wait()

@@ -29,7 +29,7 @@ from lowbit.kernels.cpu.isa import Isa, runnable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_SCHEMA = 1
+_SCHEMA = 2
 _MAGIC = b"lowbit object %d\n" % _SCHEMA
 _DEFINED = re.compile(r"^\s*define\b(?![^@]*\b(?:internal|private)\b)[^@]*@([\w.$]+)\(", re.M)
 
@@ -74,7 +74,7 @@ def load(ir: str, isa: Isa) -> Module:
 def assembly(ir: str, isa: Isa) -> str:
     """Return the assembler text that `load` would make; the record may be a foreign one."""
     with _lock:
-        machine, module = _optimised(ir, isa)
+        machine, module = _parsed(ir, isa)
         return str(machine.emit_assembly(module))
 
 
@@ -133,7 +133,7 @@ def _foreign() -> None:
     _llvm().initialize_all_asmprinters()
 
 
-def _optimised(ir: str, isa: Isa) -> tuple[Any, Any]:
+def _parsed(ir: str, isa: Isa) -> tuple[Any, Any]:
     llvm = _llvm()
     triple = isa.triple or llvm.get_process_triple()
     if isa not in runnable():
@@ -144,15 +144,8 @@ def _optimised(ir: str, isa: Isa) -> tuple[Any, Any]:
     module = llvm.parse_assembly(ir)
     module.triple = triple
     module.data_layout = str(machine.target_data)
+    # No middle-end: the texts are scheduled by hand, and its passes took two thirds of the time.
     module.verify()
-    # The texts are scheduled by hand: LLVM cleans up, it does not vectorise or unroll again.
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = False
-    options.slp_vectorization = False
-    options.loop_interleaving = False
-    options.loop_unrolling = False
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
     return machine, module
 
 
@@ -173,7 +166,7 @@ def _object(ir: str, isa: Isa) -> bytes:
         code = _read(folder / key, key)
         if code is not None:
             return code
-    machine, module = _optimised(ir, isa)
+    machine, module = _parsed(ir, isa)
     code = bytes(machine.emit_object(module))
     if folder is not None:
         _write(folder / key, key, code)
