@@ -145,7 +145,9 @@ def _by_upper_half(element: Element) -> Array | None:
     if (narrow != middles).any() or (narrow.view(np.uint32) & 0xFFFF).any():
         return None
     keys = np.arange(2**17, dtype=np.uint32)
-    return _nearest(element, (keys >> 1 << 16 | (keys & 1) << 15).view(np.float32))
+    numbers = (keys >> 1 << 16 | (keys & 1) << 15).view(np.float32)
+    # In parts, or the first array of a format would need 4 MB of its own.
+    return np.concatenate([_nearest(element, part) for part in np.split(numbers, 16)])
 
 
 def _upper_half(y: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +42,7 @@ def example(name, shape=(2, 4, 43)):
     return lb.quantize(x, name)
 
 
-def others(w):
+def others(w) -> dict[str, Any]:
     """The parts that only some formats have, as keywords."""
     parts = {"zeros": w.zeros, "biases": w.biases, "tensor_scale": w.tensor_scale}
     return {name: part for name, part in parts.items() if part is not None}
@@ -224,7 +225,7 @@ def test_blocks_of_the_wrong_number(name):
         ):
             if wrong.shape == held.shape:
                 continue
-            keywords = {**parts, **others(w), "shape": w.shape, part: wrong}
+            keywords: dict[str, Any] = {**parts, **others(w), "shape": w.shape, part: wrong}
             with pytest.raises(ValueError, match=rf"{part}: \S+ has .* blocks here, got"):
                 lb.from_parts(name, w.codes, **keywords)
 
@@ -233,7 +234,7 @@ def test_blocks_of_the_wrong_number(name):
 def test_scales_and_offsets_that_are_not_finite(bad):
     for name in ("int4_g32", "int4_g32_f16", "int4_g32_bf16", "uint4_g32_zf16", "uint4_g32_bias"):
         w = example(name, (3, 64))
-        parts = {"scales": w.scales, **others(w)}
+        parts: dict[str, Any] = {"scales": w.scales, **others(w)}
         for part, held in parts.items():
             broken = held.copy()
             broken[1, 1] = bad
@@ -290,7 +291,8 @@ def test_zero_points_of_the_wrong_dtype_or_range():
 
 def test_tensor_scales():
     w = example("nvfp4", (2, 3, 32))
-    parts = {"codes": w.codes, "scales": w.scales}
+    assert w.tensor_scale is not None
+    parts: dict[str, Any] = {"codes": w.codes, "scales": w.scales}
     for wrong in (f32(1), f32([1, 2, 3]), f32([[1, 2], [3, 4]])):
         with pytest.raises(ValueError, match=r"tensor_scale: want shape \(2,\), got"):
             lb.from_parts("nvfp4", **parts, tensor_scale=wrong)

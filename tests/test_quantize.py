@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -122,7 +123,7 @@ def ends(element):
     return element.min, element.max
 
 
-def block_scale(fmt, number, low, high, further=1.0):
+def block_scale(fmt, number, low, high, further=1.0) -> Any:
     """The rule's scale of one block before it is rounded; `number` is the arithmetic's type."""
     if fmt.zero is not None or fmt.bias:
         levels = number((fmt.element.max - fmt.element.min) * further)
@@ -172,7 +173,7 @@ def cut(length, size):
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def expected(fmt, x):
+def expected(fmt, x) -> Any:
     """Codes and parts of one matrix by plain loops: nothing shared with formats/reference.py."""
     number = np.float64 if x.dtype == np.float64 else np.float32
     x = x.astype(number)
@@ -189,7 +190,7 @@ def expected(fmt, x):
         kind = fmt.scale.element
         coded = isinstance(kind, Element) and kind.name != "float8_e8m0fnu"
         further = kind.max if coded else 1.0
-        largest = max((block_scale(fmt, number, *e, further) for e in extremes), default=0)
+        largest = max((block_scale(fmt, number, a, b, further) for a, b in extremes), default=0)
         second = np.float32(narrowed(largest, "float32") or 2.0**-149 if largest else 1)
     codes = np.zeros(x.shape, np.uint8)
     scales, zeros, biases = [], [], []
@@ -276,7 +277,7 @@ def check_values(w, matrices, wanted):
             factor = Fraction(scales[index]) * Fraction(1 if second is None else float(second))
             zero, bias = (Fraction(p[index] or 0) for p in (zeros, biases))
             for row, column in itertools.product(range(top, bottom), range(left, right)):
-                value = Fraction(table[codes[row, column]])
+                value = Fraction(table[codes[row, column]].item())
                 exact = (value - zero) * factor + bias
                 size = (abs(value) + abs(zero)) * abs(factor) + abs(bias)
                 assert abs(Fraction(got[row, column]) - exact) <= 5 * size * Fraction(1, 2**53)
@@ -403,6 +404,7 @@ def test_a_constant_block_far_from_zero_keeps_its_number():
 def test_the_second_level_uses_the_whole_range_of_the_first():
     x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     w = lb.quantize(x, "nvfp4")
+    assert w.tensor_scale is not None
     assert w.tensor_scale == np.abs(x).max() / np.float32(6 * 448)
     assert w.scales.dtype == ml_dtypes.float8_e4m3fn
     assert w.scales.astype(np.float32).max() == 448

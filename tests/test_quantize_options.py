@@ -389,7 +389,8 @@ def test_out_of_another_make_is_refused():
     held = lb.from_parts("int4_g32", frozen, w.scales.copy())
     with pytest.raises(ValueError, match="out: its codes are read-only"):
         lb.quantize(x, "int4_g32", out=held)
-    for extra in ({"columns": np.arange(32)[::-1]}, {"divisor": np.full(32, 2.0)}):
+    extras: list[dict[str, Any]] = [{"columns": np.arange(32)[::-1]}, {"divisor": np.full(32, 2.0)}]
+    for extra in extras:
         held = lb.from_parts("int4_g32", w.codes.copy(), w.scales.copy(), **extra)
         with pytest.raises(ValueError, match="out: it permutes or divides columns"):
             lb.quantize(x, "int4_g32", out=held)
