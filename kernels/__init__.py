@@ -53,7 +53,11 @@ def choose(problem: Problem, name: str | None = None) -> Verdict:
     ValueError
         No kernel has that name, or the named one refuses; the message says why.
     """
-    verdicts = judge(problem)
+    return pick(judge(problem), name)
+
+
+def pick(verdicts: list[Verdict], name: str | None) -> Verdict:
+    """The first of judged kernels, or the named one; see `choose`."""
     if name is None:
         if verdicts[0].refusal is not None:
             reasons = "; ".join(f"{v.kernel.name}: {v.refusal}" for v in verdicts)

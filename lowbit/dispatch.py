@@ -14,7 +14,7 @@ from lowbit import interop, kernels
 from lowbit.array import QArray
 from lowbit.formats import Format, reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels import Epilogue, Problem, Run
+from lowbit.kernels import Epilogue, Problem, Run, Verdict
 from lowbit.kernels.cpu import isa, operands, pool
 from lowbit.kernels.reference import finish
 from lowbit.kernels.words16 import Words16
@@ -33,6 +33,7 @@ class Options:
 
 
 PLAIN = Options()
+REARRANGED = "permuted or divided columns that x cannot undo; the reference takes the values"
 _MOST_PLANS = 64  # of one weight: as many row counts and options as are remembered
 
 
@@ -47,7 +48,7 @@ def weight_right(
 ) -> None:
     """The weight is on the right: the kernels' own orientation."""
     if rearranged(left) or rearranged(w):
-        _exact(left, w, after, out)
+        _exact(left, w, after, out, options)
         return
     parts = w._parts
     stacked = isinstance(left, QArray) and left.ndim > 2 and len(parts.shape) == 2
@@ -93,8 +94,21 @@ def rearranged(operand: Array | QArray) -> bool:
     )
 
 
-def _exact(left: Array | QArray, right: Array | QArray, after: Epilogue, out: Array) -> None:
+def reference_alone() -> list[Verdict]:
+    """What the kernels say where x cannot undo a permutation or a divisor of columns."""
+    verdicts = [
+        Verdict(k, None if k.name == "reference" else REARRANGED, None)
+        for k in kernels.registered()
+    ]
+    return sorted(verdicts, key=lambda v: v.refusal is not None)
+
+
+def _exact(
+    left: Array | QArray, right: Array | QArray, after: Epilogue, out: Array, options: Options
+) -> None:
     """A product that no kernel describes: float64 values, one rounding at the end."""
+    if options.kernel is not None:
+        kernels.pick(reference_alone(), options.kernel)
     values = [s.dequantize(np.float64) if isinstance(s, QArray) else s for s in (left, right)]
     out[...] = finish(reference.matmul(values[0], values[1]), after)
 
@@ -129,7 +143,7 @@ def _lead(operand: Any, index: tuple[int, ...]) -> Any:
 def weight_left(w: QArray, right: Array, after: Epilogue, out: Array, options: Options) -> None:
     """The weight is on the left: the kernels compute the transpose, the epilogue follows."""
     if rearranged(w):
-        _exact(w, right, after, out)
+        _exact(w, right, after, out, options)
         return
     turned = right.swapaxes(-1, -2)
     plain = Epilogue(1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from lowbit import checks, interop
 from lowbit.array import QArray
 from lowbit.formats import Format
-from lowbit.kernels import Problem, Verdict, choose, judge
+from lowbit.kernels import Problem, Verdict, judge, pick
 from lowbit.kernels.cpu import machine
 from lowbit.kernels.declare import ACTIVATIONS
 
@@ -59,7 +59,8 @@ class Explanation:
         moved, computed = self.floors
         floor = max(moved, computed)
         chosen = next(v for v in self.verdicts if v.kernel.name == self.kernel)
-        pair = f"({p.m}, {p.k}) {x} @ ({p.n}, {p.k}) {p.w.name}.T -> {p.out}"
+        weight = f"({p.n}, {p.k}) {p.w.name}.T" if p.w_along else f"({p.k}, {p.n}) {p.w.name}"
+        pair = f"({p.m}, {p.k}) {x} @ {weight} -> {p.out}"
         share = 100 * floor / (chosen.seconds or floor)
         lines = [
             f"{pair} on {p.device}, {p.threads} threads",
@@ -139,6 +140,8 @@ def explain(
     x_kind: Format | str = left.format if isinstance(left, QArray) else left.dtype.name
     if x_format is not None:
         x_kind = checks.as_format(x_format, "x_format")
+        if isinstance(left, QArray):
+            products.quantized(left, x_kind, None)  # says why not
     x_along = not (isinstance(left, QArray) and left._transposed and left.ndim > 1)
     m = shapes[0][-2] if len(shapes[0]) > 1 else 1
     if len(shapes[0]) > 2 and len(shapes[1]) <= 2 and isinstance(right, QArray):
@@ -148,19 +151,19 @@ def explain(
             note = note or "every matrix of the stack by itself"
     elif max(map(len, shapes)) > 2:
         note = note or "every matrix of the stack by itself"
-    layout, rest = "rows", None
+    rest = None
     if residual is not None:
         given, _ = interop.to_numpy(residual, "residual")
         rest = products.residual_dtype(given, dtype).name
     epilogue = (bias is not None, activation, rest)
     if isinstance(right, QArray):
         w_kind = right.format
-        w_along, layout = right._transposed or right.ndim == 1, right.layout
+        w_along, held = right._transposed or right.ndim == 1, right.layout
     else:
         assert isinstance(left, QArray)
         # The kernels compute the transpose; the epilogue follows in NumPy.
         m, n, x_kind, w_kind = n, m, right.dtype.name, left.format
-        w_along, x_along, layout = x_along, True, left.layout
+        w_along, x_along, held = x_along, True, left.layout
         epilogue, note = (False, None, None), "computed as the transpose of w.T @ x.T"
         dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     stated = Problem(
@@ -175,10 +178,15 @@ def explain(
         epilogue[2],
         x_along,
         w_along,
-        layout,
+        held if w_along else "rows",
         batch_invariant,
         dispatch.device(),
         pool.get_num_threads(),
     )
-    chosen = choose(stated, kernel)
-    return Explanation(stated, judge(stated), chosen.kernel.name, note)
+    verdicts = judge(stated)
+    if dispatch.rearranged(left) or dispatch.rearranged(right):
+        verdicts = [
+            replace(v, seconds=None if v.refusal else v.kernel.cost(stated))
+            for v in dispatch.reference_alone()
+        ]
+    return Explanation(stated, verdicts, pick(verdicts, kernel).kernel.name, note)
