@@ -268,9 +268,17 @@ def test_columns_that_x_cannot_undo_leave_the_reference():
 # In words
 
 
+@pytest.fixture
+def two_threads():
+    before = lb.get_num_threads()
+    lb.set_num_threads(2)
+    yield
+    lb.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_the_text_says_everything():
     x, w = np.ones((8, 256), np.float32), lb.quantize(np.ones((64, 256), np.float32), "int4_g128")
-    lb.set_num_threads(2)
     text = str(lb.explain(x, w.T)).splitlines()
     # codes 64 * 128, scales 64 * 2 * 4, x 8 * 256 * 4, result 8 * 64 * 4
     assert text[0].startswith("(8, 256) float32 @ (64, 256) int4_g128.T -> float32 on cpu:")
