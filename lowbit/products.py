@@ -158,10 +158,8 @@ def linear(x: Any, w: Any, **options: Any) -> Any:
     """
     if isinstance(w, QArray):
         return matmul(x, w if w._vector else w.mT, **options)
-    if np.ndim(w) < 2:
-        return matmul(x, w, **options)
-    transposed = w.mT if hasattr(w, "mT") else np.asarray(w).swapaxes(-1, -2)
-    return matmul(x, transposed, **options)
+    dense = w if hasattr(w, "ndim") else interop.to_numpy(w, "w")[0]
+    return matmul(x, dense.swapaxes(-1, -2) if dense.ndim > 1 else dense, **options)
 
 
 def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop.Origin]:
