@@ -367,3 +367,15 @@ def test_stacks_of_many_matrices_are_counted_in_full():
     assert w[-1, -1, :4].dequantize().tolist() == [2, 6, 2, 6]
     assert w.reshape(2**6, 2**6, 2**12, 2**9)[5, 7, 9, :2].dequantize().tolist() == [2, 6]
     assert w.mT.shape == (2**12, 2**9, 2**12)
+
+
+def test_one_row_may_be_longer_than_two_gigabytes():
+    codes = np.zeros((1, 2**31 + 64), np.uint8)
+    codes[0, -1], codes[0, 2**31] = 0x21, 0x03
+    w = lb.from_parts("int4_tensor", codes, np.ones((1, 1), np.float32))
+    tail = w[:, 2**32 :]
+    assert tail.shape == (1, 128)
+    assert np.flatnonzero(tail.dequantize()).tolist() == [0, 126, 127]
+    x = np.arange(128, dtype=np.float32)
+    assert (x @ tail.T).tolist() == [126 + 2 * 127]
+    assert w[0, -2:].dequantize().tolist() == [1, 2]
