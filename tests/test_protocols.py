@@ -85,6 +85,29 @@ def test_stacks_multiply_as_in_matmul():
     assert np.array_equal(np.dot(x[0, 0], w), np.dot(x[0, 0], w.dequantize()))
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("divisor", [None, 2.0 ** np.arange(-4, 4).repeat(3)])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_permuted_and_divided_columns_multiply_as_their_values_do(prepared, divisor, permuted):
+    plain = weight((5, 24))
+    columns = np.random.default_rng(2).permutation(24) if permuted else None
+    w = lb.from_parts(plain.format, plain.codes, plain.scales, columns=columns, divisor=divisor)
+    w = w.prepare() if prepared else w
+    values, x, y = w.dequantize(), dense((3, 24)), dense((3, 5))
+    assert (columns is None and divisor is None) == np.array_equal(values, plain.dequantize())
+    assert np.array_equal(x @ w.T, x @ values.T)
+    assert np.array_equal(x[0] @ w.T, x[0] @ values.T)
+    assert np.array_equal(y @ w, y @ values)
+    assert np.array_equal(w @ x.T, values @ x.T)
+    assert np.array_equal(w @ x[0], values @ x[0])
+    assert np.array_equal(w.T @ y.T, values.T @ y.T)
+    assert np.array_equal(w @ w.T, values @ values.T)
+    assert np.array_equal(x @ w[2], x @ values[2])
+    stack = lb.stack([w, w[::-1]])
+    assert np.array_equal(x @ stack.mT, x @ np.stack([values, values[::-1]]).swapaxes(1, 2))
+    assert np.array_equal(np.einsum("mk,nk->nm", x, w), values @ x.T)
+
+
 def test_out_is_written_and_returned():
     x, w, out = dense((3, 24)), weight((24, 5), transposed=True), np.empty((3, 5), np.float32)
     for product in (np.matmul, np.dot):
@@ -245,7 +268,7 @@ def test_torch_functions_that_need_values_are_refused_by_name():
         lambda: torch.addmm(torch.ones(5), tensor, w.T), lambda: tensor.copy_(w),
         lambda: torch.inner(tensor, w),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match=r"torch\.\w+ would need the values.*w\.dequantize\(\)"):
+        with pytest.raises(TypeError, match=r"torch\.\w+ would need the values.*\.dequantize\(\)"):
             function()
     for convert in (torch.as_tensor, torch.tensor, torch.asarray, torch.from_dlpack):
         with pytest.raises(TypeError, match=r"\.dequantize\(\)"):

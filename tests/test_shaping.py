@@ -452,6 +452,28 @@ def test_copies_have_memory_of_their_own(name, transposed):
             assert mine is None or other is None or not np.shares_memory(mine, other)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [(3, 24), (33, 24), (2, 17, 5), (24,), (0, 24), (2, 3, 0)])
+def test_preparing_loses_nothing_and_holds_nothing_twice(name, shape):
+    w = array(name, shape)
+    held = w.prepare()
+    assert (held.shape, held.format, held.dtype) == (w.shape, w.format, w.dtype)
+    for part in ("codes", "scales", "zeros", "biases", "tensor_scale"):
+        mine, other = getattr(w, part), getattr(held, part)
+        assert (mine is None) == (other is None)
+        assert mine is None or (mine.dtype, mine.tobytes()) == (other.dtype, other.tobytes())
+    same(held, w.dequantize())
+    assert held.prepare() is held
+    assert held.copy().layout == "rows"
+    assert held.layout == ("rows" if w.format.element.bits in (3, 5, 6, 7) else "words16")
+    if held.layout == "words16" and w.format.scale.block[0] == 1 and len(shape) == 2:
+        # Rows are filled up to sixteen and their bytes to 32 bits; nothing else is held.
+        rows, filled = -(-shape[0] // 16) * 16, -(-w.codes[:1].nbytes // 4) * 4
+        blocks = [p[:1].nbytes for p in (w.scales, w.zeros, w.biases) if p is not None]
+        second = 0 if w.tensor_scale is None else 4
+        assert held.nbytes == (rows * (filled + sum(blocks)) if shape[0] else 0) + second
+
+
 def test_a_copy_lets_a_large_array_go():
     w = array("int4_g8", (64, 64))
     assert w[:1].copy().codes.base is None or w[:1].copy().codes.base.nbytes < 64
