@@ -102,6 +102,8 @@ def test_permuted_and_divided_columns_multiply_as_their_values_do(prepared, divi
     assert np.array_equal(w @ x[0], values @ x[0])
     assert np.array_equal(w.T @ y.T, values.T @ y.T)
     assert np.array_equal(w @ w.T, values @ values.T)
+    assert np.array_equal(w @ plain.T, values @ plain.dequantize().T)
+    assert np.array_equal(plain @ w.T, plain.dequantize() @ values.T)
     assert np.array_equal(x @ w[2], x @ values[2])
     stack = lb.stack([w, w[::-1]])
     assert np.array_equal(x @ stack.mT, x @ np.stack([values, values[::-1]]).swapaxes(1, 2))
