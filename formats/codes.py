@@ -199,9 +199,9 @@ def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
 
     ml_dtypes takes float64 to bfloat16 through float32, which rounds twice.
     """
-    if x.dtype != np.float64 or dtype != ml_dtypes.bfloat16:
-        return x.astype(dtype)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
+        if x.dtype != np.float64 or dtype != ml_dtypes.bfloat16:
+            return x.astype(dtype)
         single = x.astype(np.float32)
     # Rounding to odd: an inexact number ends in 1, so the second rounding cannot take it for a tie.
     single = np.where(np.abs(single) > np.abs(x), np.nextafter(single, np.float32(0)), single)

@@ -15,6 +15,7 @@ from lowbit.formats.blocks import Block, Piece, pieces
 from lowbit.formats.declare import Element, Format
 
 Array = npt.NDArray[Any]
+_EINSUM = 1 << 25  # products at a time, well below a tenth of a second
 Place = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
@@ -390,6 +391,15 @@ def dequantize_to(w: Packed, out: Array) -> None:
 
 
 def matmul(x: Array, w: Array) -> Array:
-    """x @ w in float64, in a fixed order: a BLAS may sum differently with its threads."""
-    product: Array = np.einsum("...mk,...kn->...mn", x.astype(np.float64), w.astype(np.float64))
+    """x @ w in float64, in a fixed order: a BLAS may sum differently with its threads.
+
+    Rows go a few at a time, since Python looks for Ctrl-C only between them.
+    """
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    lead = np.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    product = np.empty((*lead, x.shape[-2], w.shape[-1]))
+    tall = max(1, _EINSUM // max(w.shape[-2] * product[..., :1, :].size, 1))
+    for top in range(0, x.shape[-2], tall):
+        rows = x[..., top : top + tall, :]
+        np.einsum("...mk,...kn->...mn", rows, w, out=product[..., top : top + tall, :])
     return product

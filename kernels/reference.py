@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.formats import reference
+from lowbit.formats.codes import rounded
 from lowbit.formats.reference import Packed
 from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
 from lowbit.kernels.words16 import Words16
@@ -69,7 +70,7 @@ def _build(problem: Problem) -> Bind:
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
             with np.errstate(all="ignore"):
                 product = reference.matmul(_values(x, x_along), _values(w, w_along).T)
-                out[...] = finish(product, epilogue)
+                out[...] = rounded(finish(product, epilogue), out.dtype)
 
         return run
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit.formats import Element, Format, reference
+from lowbit.formats.codes import rounded
 from lowbit.formats.reference import Packed
 from lowbit.kernels.words16 import Words16
 from lowbit.refusals import Refusals
@@ -111,9 +112,7 @@ class QArray(Refusals):
             "divisor": self._divisor,
         }
         dtype = changes.pop("dtype", self._dtype)
-        return QArray._of(
-            self._parts if parts is None else parts, dtype, **{**fields, **changes}
-        )
+        return QArray._of(self._parts if parts is None else parts, dtype, **{**fields, **changes})
 
     def _view(self, *, transposed: bool, vector: bool = False) -> QArray:
         """The same content seen as another matrix."""
@@ -276,9 +275,9 @@ class QArray(Refusals):
             reference.dequantize_to(parts, out)
         else:
             divisor = self._divisor.astype(np.float64)
-            out[...] = reference.dequantize(parts) / (
-                divisor if self._columns is None else divisor[self._columns]
-            )
+            if self._columns is not None:
+                divisor = divisor[self._columns]
+            out[...] = rounded(reference.dequantize(parts) / divisor, target)
         if self._columns is not None:
             ordered = np.empty_like(out)
             ordered[..., self._columns] = out

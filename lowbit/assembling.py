@@ -52,7 +52,7 @@ def assemble(
 
 
 def _codes(fmt: Format, given: Any, shape: tuple[int, ...] | None) -> tuple[Array, tuple[int, ...]]:
-    array, _ = interop.to_numpy(given, "codes")
+    array, _ = interop.to_numpy(given, "codes", kept=True)
     element = fmt.element
     own = np.dtype(element.storage) if element.bits == 8 else np.dtype(np.uint8)
     if array.dtype not in (own, np.dtype(np.uint8)):
@@ -104,7 +104,7 @@ def _scales(fmt: Format, given: Any, grid: tuple[int, ...]) -> Array:
 
 
 def _shaped(given: Any, grid: tuple[int, ...], argument: str, fmt: Format) -> Array:
-    array, _ = interop.to_numpy(given, argument)
+    array, _ = interop.to_numpy(given, argument, kept=True)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.shape != grid:
@@ -151,7 +151,7 @@ def _tensor_scale(fmt: Format, given: Any, lead: tuple[int, ...]) -> Array | Non
         return None
     if given is None:
         raise ValueError(f"tensor_scale: {fmt.name} needs it, one float32 for each matrix")
-    array, _ = interop.to_numpy(given, "tensor_scale")
+    array, _ = interop.to_numpy(given, "tensor_scale", kept=True)
     checks.floating(array, "tensor_scale")
     with np.errstate(over="ignore"):  # what becomes infinite is refused below
         array = array.astype(np.float32, copy=False)
@@ -166,7 +166,7 @@ def _tensor_scale(fmt: Format, given: Any, lead: tuple[int, ...]) -> Array | Non
 def _columns(given: Any, length: int) -> Array | None:
     if given is None:
         return None
-    array, _ = interop.to_numpy(given, "columns")
+    array, _ = interop.to_numpy(given, "columns", kept=True)
     if array.dtype.kind not in "iu" or array.shape != (length,):
         raise ValueError(f"columns: want {length} integers, got {array.dtype.name} {array.shape}")
     array = array.astype(np.intp)
@@ -178,7 +178,7 @@ def _columns(given: Any, length: int) -> Array | None:
 def _divisor(given: Any, length: int) -> Array | None:
     if given is None:
         return None
-    array, _ = interop.to_numpy(given, "divisor")
+    array, _ = interop.to_numpy(given, "divisor", kept=True)
     checks.floating(array, "divisor")
     if array.shape != (length,):
         raise ValueError(f"divisor: want shape ({length},), got {array.shape}")

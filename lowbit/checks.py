@@ -63,7 +63,7 @@ def data(x: Array, argument: str) -> Array:
 
 def floating(x: Array, argument: str) -> None:
     """Refuse what is not float64, float32, float16 or bfloat16."""
-    if x.dtype != BFLOAT16 and (x.dtype.kind != "f" or x.dtype.itemsize > 8):
+    if x.dtype.newbyteorder("=") not in _FLOATS.values():
         raise TypeError(
             f"{argument}: want float32, float16, bfloat16 or float64, got {x.dtype.name}"
         )

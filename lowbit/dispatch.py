@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lowbit import interop, kernels
 from lowbit.array import QArray
 from lowbit.formats import Format, reference
+from lowbit.formats.codes import rounded
 from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Problem, Run, Verdict
 from lowbit.kernels.cpu import isa, operands, pool
@@ -110,7 +111,7 @@ def _exact(
     if options.kernel is not None:
         kernels.pick(reference_alone(), options.kernel)
     values = [s.dequantize(np.float64) if isinstance(s, QArray) else s for s in (left, right)]
-    out[...] = finish(reference.matmul(values[0], values[1]), after)
+    out[...] = rounded(finish(reference.matmul(values[0], values[1]), after), out.dtype)
 
 
 def _flat(after: Epilogue, rows: int, columns: int) -> Epilogue:
@@ -147,24 +148,22 @@ def weight_left(w: QArray, right: Array, after: Epilogue, out: Array, options: O
         return
     turned = right.swapaxes(-1, -2)
     plain = Epilogue(1.0)
-    wide = np.dtype(np.float64 if out.dtype == np.float64 else np.float32)
     for index in np.ndindex(out.shape[:-2]):
+        x, parts, along = _lead(turned, index), _lead(w._parts, index), not w._transposed
+        wide = sum_dtype(problem(x, True, parts, along, plain, "float32", options), options.kernel)
         product = interop.empty((out.shape[-1], out.shape[-2]), wide)
-        _matrix(
-            _lead(turned, index),
-            True,
-            _lead(w._parts, index),
-            not w._transposed,
-            plain,
-            product,
-            Options(wide, None, options.batch_invariant, options.kernel),
-            {},
-        )
+        _matrix(x, True, parts, along, plain, product, options, {})
         one = _at(after, index)
         if one.alpha == 1 and one.bias is None and not one.activation and one.residual is None:
-            out[index] = product.T
+            out[index] = rounded(product.T, out.dtype)
         else:
-            out[index] = finish(product.T.astype(np.float64), one)
+            out[index] = rounded(finish(product.T.astype(np.float64), one), out.dtype)
+
+
+@lru_cache(maxsize=4096)
+def sum_dtype(stated: Problem, kernel: str | None) -> np.dtype[Any]:
+    """What the kernel of a product adds up in: the dtype to wait for an epilogue in."""
+    return np.dtype(kernels.choose(stated, kernel).kernel.roundings(stated).accumulator)
 
 
 def problem(

@@ -165,7 +165,7 @@ def explain(
         m, n, x_kind, w_kind = n, m, right.dtype.name, left.format
         w_along, x_along, held = x_along, True, left.layout
         epilogue, note = (False, None, None), "computed as the transpose of w.T @ x.T"
-        dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        dtype = np.dtype(np.float32)
     stated = Problem(
         m,
         n,
@@ -183,6 +183,8 @@ def explain(
         dispatch.device(),
         pool.get_num_threads(),
     )
+    if not isinstance(right, QArray):
+        stated = replace(stated, out=dispatch.sum_dtype(stated, kernel).name)
     verdicts = judge(stated)
     if dispatch.rearranged(left) or dispatch.rearranged(right):
         verdicts = [

@@ -61,11 +61,12 @@ _REMEDIES = {
 }
 
 
-def to_numpy(x: Any, argument: str) -> tuple[NDArray[Any], Origin]:
+def to_numpy(x: Any, argument: str, *, kept: bool = False) -> tuple[NDArray[Any], Origin]:
     """View `x` as a NumPy array of real numbers and say where the result belongs.
 
     Memory is shared wherever NumPy can address it. A kind of array that is not NumPy's, torch's
-    or JAX's is read through DLPack or `__array__`, and its results are NumPy arrays.
+    or JAX's is read through DLPack or `__array__`, and its results are NumPy arrays. `kept` says
+    that the view outlives the call.
     """
     if type(x) is np.ndarray:
         if x.dtype.type in _NUMBERS:
@@ -73,7 +74,7 @@ def to_numpy(x: Any, argument: str) -> tuple[NDArray[Any], Origin]:
         _refuse_dtype(x.dtype, argument)
     torch: Any = sys.modules.get("torch")
     if isinstance(x, getattr(torch, "Tensor", ())):
-        return _from_torch(x, argument, torch), _TORCH
+        return _from_torch(x, argument, torch, kept), _TORCH
     jax: Any = sys.modules.get("jax")
     if isinstance(x, getattr(jax, "Array", ())):
         array, origin = _from_jax(x, argument, jax)
@@ -96,6 +97,13 @@ def from_numpy(array: NDArray[Any], origin: Origin) -> Any:
     if origin.framework == "torch":
         return _to_torch(array)
     return _to_jax(array, origin.device)
+
+
+def written(x: Any) -> None:
+    """Tell torch that a tensor's memory has changed, so that autograd notices stale values."""
+    torch: Any = sys.modules.get("torch")
+    if isinstance(x, getattr(torch, "Tensor", ())):
+        torch.autograd.graph.increment_version(x)
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -156,7 +164,7 @@ def _list_torch_dtypes(torch: Any) -> None:
     _TORCH_DTYPES.update(dtypes)  # in one step: another thread may be reading
 
 
-def _from_torch(x: Any, argument: str, torch: Any) -> NDArray[Any]:
+def _from_torch(x: Any, argument: str, torch: Any, kept: bool) -> NDArray[Any]:
     """View a tensor whose memory holds its values; refuse every other kind."""
     if torch.compiler.is_compiling():
         # dynamo would trace this very function; having seen it raise, it runs it on real tensors.
@@ -197,8 +205,9 @@ def _from_torch(x: Any, argument: str, torch: Any) -> NDArray[Any]:
     carrier, dtype = known
     if carrier is not None:
         x = x.view(carrier)
-    # Not x.numpy(): it forbids for good to resize the caller's storage, which FSDP has to do.
-    array: NDArray[Any] = np.from_dlpack(x)
+    # x.numpy() forbids for good to resize the caller's storage. FSDP has to do that to operands,
+    # but under the parts of an array it would free memory that the array still reads.
+    array: NDArray[Any] = x.numpy() if kept else np.from_dlpack(x)
     if not array.flags.writeable:  # NumPy 2.0 or torch before 2.9: capsules without flags
         array = x.numpy()
     if dtype is None:

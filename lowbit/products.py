@@ -131,6 +131,7 @@ def matmul(
     if target.shape != result.shape:
         raise ValueError(f"out: want shape {result.shape}, got {target.shape}")
     target[...] = result
+    interop.written(out)
     return out
 
 
@@ -248,7 +249,7 @@ def _product(
     if left.shape[-1] != right.shape[-2]:
         raise ValueError(
             f"matmul: x has {left.shape[-1]} columns, w has {right.shape[-2]} rows; shapes "
-            f"{given[0].shape} and {given[1].shape}"
+            f"{given[0].shape} and {given[1].shape}{_remedy(left, right)}"
         )
     lead = right.shape[:-2]
     if lead or isinstance(left, QArray):
@@ -269,6 +270,12 @@ def _product(
         kept = [*lead, *([] if drop_rows else [shape[-2]]), *([] if drop_columns else [shape[-1]])]
         return out.reshape(kept)
     return out
+
+
+def _remedy(left: Array | QArray, right: Array | QArray) -> str:
+    if left.shape[-1] != right.shape[-1]:
+        return ""
+    return ". A weight stored as (N, K) comes in as w.T, or use lowbit.linear"
 
 
 def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:

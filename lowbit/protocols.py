@@ -133,9 +133,7 @@ def torch_function(func: Any, args: Any, kwargs: Any) -> Any:
         return linear(given["input"], given["weight"], bias=given.get("bias"))
     if name == "einsum":
         return einsums.einsum(*args)
-    raise TypeError(
-        f"torch.{name} would need the values of a QArray; pass torch.from_numpy(w.dequantize())"
-    )
+    raise TypeError(f"torch.{name} would need the values of a QArray; take them by w.dequantize()")
 
 
 def _only_out(name: str, kwargs: Any) -> Any:

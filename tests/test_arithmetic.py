@@ -142,11 +142,12 @@ def test_a_number_multiplies_exactly_or_is_refused(name, factor, prepared):
 
 def keeps(w, factor):
     """Whether every number that the factor meets has an exact product of its own type."""
-    parts = [w.scales if w.tensor_scale is None else w.tensor_scale, w.biases]
+    second = w.tensor_scale
+    parts = [w.scales if second is None else second, w.biases]
     for part in parts:
         if part is None:
             continue
-        if not isinstance(w.format.scale.element, str) and part is not w.tensor_scale:
+        if not isinstance(w.format.scale.element, str) and part is not second:
             values = {Fraction(v) for v in w.format.scale.element.values if np.isfinite(v)}
             held = part.astype(np.float64)
             if any(Fraction(float(v)) * Fraction(factor) not in values for v in held.ravel()):

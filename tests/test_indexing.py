@@ -60,7 +60,7 @@ def refusal(w, entries):
         return "contraction axis"
     if w.tensor_scale is not None and w.ndim > 2:
         scales = picked(np.ones(w.shape) * w.tensor_scale[..., None, None], entries, axis)
-        if scales.size and np.ptp(scales, axis=(-2, -1)).any():
+        if scales.size and np.ptp(scales, axis=tuple(range(-min(2, scales.ndim), 0))).any():
             return "tensor scale"
     return None
 

@@ -195,7 +195,7 @@ MUTANTS = (
     ),
     change(
         "tensor scale of one operand only", "cpu.fma",
-        "scale = w_scale * operands.second_level(x)", "scale = w_scale",
+        "operands.second_level(x, w)", "operands.second_level(w)",
         exact_products, FMA, "nvfp4", "nvfp4",
     ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 from lowbit.formats import Format, codes, reference
 from lowbit.kernels.cpu import gemm, operands
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
+from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
 
 
@@ -47,7 +48,7 @@ def _segment(p: Problem) -> int | None:
 def _accepts(p: Problem) -> str | None:
     if isinstance(p.x, str):
         return f"wants integer codes on both sides, x is {p.x}"
-    if not p.x.element.integral or p.x.element.min >= 0 or p.x.zero is not None or p.x.bias:
+    if consecutive(p.x.element) != (True, 1.0) or p.x.zero is not None or p.x.bias:
         return f"wants signed integers without zero point for x, got {p.x.name}"
     if not p.w.element.integral or isinstance(p.w.zero, str) or p.w.bias:
         return f"wants integers with integer zero points for w, got {p.w.name}"
@@ -63,8 +64,7 @@ def _accepts(p: Problem) -> str | None:
 def _cost(p: Problem) -> float:
     lanes = operands.isa_of(p).lanes
     rate = 4 * 1.5e9 * lanes * min(p.threads, 64)
-    packing = 0.4e-9 * p.n * p.k / p.threads if p.layout == "rows" else 0.0
-    return 12e-6 + packing + p.m * p.n * p.k / rate + 4e-9 * p.m * p.k
+    return 12e-6 + operands.packing_seconds(p) + p.m * p.n * p.k / rate + 4e-9 * p.m * p.k
 
 
 def _build(p: Problem) -> Bind:
@@ -84,7 +84,6 @@ def _build(p: Problem) -> Bind:
             x_block_segments=x_blocks,
             **operands.weight_arguments(w, segment),
         )
-        w_scale = operands.second_level(w)
 
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
             arranged = gemm.arrange(_int8(x), spec.element, isa, segment)
@@ -96,7 +95,7 @@ def _build(p: Problem) -> Bind:
                 x_sums_stride=arranged.sums.shape[-1],
                 x_scales=operands.address(scales),
                 x_scales_stride=scales.shape[1],
-                **operands.output_arguments(epilogue, out, w_scale * operands.second_level(x)),
+                **operands.output_arguments(epilogue, out, operands.second_level(x, w)),
             )
 
         return run

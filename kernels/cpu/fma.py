@@ -35,16 +35,34 @@ def _accepts(p: Problem) -> str | None:
         return f"reads x without block biases, {p.x.name} has them"
     if p.w.bias and p.w.tensor_scale:
         return f"multiplies block biases by the tensor scale, {p.w.name} does not mean that"
+    largest = _largest_integer(p)
+    if largest > 2**24:
+        return f"sums of whole numbers up to {largest:.3g} are not exact in float32"
     return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
+
+
+def _largest_integer(p: Problem) -> float:
+    """Magnitude that a segment's sum of whole numbers may reach; 0 where one side has fractions.
+
+    Up to 2**24 the sum is exact in float32, and the bits are those of integer kernels.
+    """
+    ends = []
+    for side in (p.x, p.w):
+        if isinstance(side, str) or not side.element.integral or isinstance(side.zero, str):
+            return 0.0
+        low, high = side.element.min, side.element.max
+        if side.zero is not None:
+            low, high = low - side.zero.max, high - side.zero.min
+        ends.append(max(abs(low), abs(high)))
+    return operands.segment_of(p) * ends[0] * ends[1]
 
 
 def _cost(p: Problem) -> float:
     # Estimated on 2 Zen 4 cores: repacking a canonical weight, decoding x, then lanes per cycle.
     lanes = operands.isa_of(p).lanes
     rate = 2.5e9 * lanes * min(p.threads, 64)
-    packing = 0.4e-9 * p.n * p.k / p.threads if p.layout == "rows" else 0.0
     decoding = 8e-9 * p.m * p.k if isinstance(p.x, Format) else 0.0
-    return 8e-6 + packing + decoding + p.m * p.n * p.k / rate
+    return 8e-6 + operands.packing_seconds(p) + decoding + p.m * p.n * p.k / rate
 
 
 def _build(p: Problem) -> Bind:
@@ -65,11 +83,9 @@ def _build(p: Problem) -> Bind:
             x_block_segments=x_blocks,
             **operands.weight_arguments(w, segment),
         )
-        w_scale = operands.second_level(w)
 
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            scale = w_scale * operands.second_level(x)
-            arguments = operands.output_arguments(epilogue, out, scale)
+            arguments = operands.output_arguments(epilogue, out, operands.second_level(x, w))
             scales = None
             if spec.x_scale:
                 rows, scales = operands.x_values(x, width), operands.x_blocks(x)

@@ -145,6 +145,14 @@ def padded(x: Array, width: int) -> Array:
     return wide
 
 
+def packing_seconds(p: Problem) -> float:
+    """Estimated on a Zen 4 core: rearranging canonical rows, and widening odd codes to bytes."""
+    if p.layout != "rows":
+        return 0.0
+    each = {4: 0.02e-9, 8: 0.06e-9}.get(p.w.element.bits, 0.1e-9)
+    return each * p.n * p.k / p.threads
+
+
 def second_level(*operands: Any) -> float:
     """Product of the tensor scales."""
     factor = 1.0

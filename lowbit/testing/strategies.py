@@ -60,7 +60,7 @@ def lengths(most: int = 300) -> st.SearchStrategy[int]:
     -------
     SearchStrategy of int
     """
-    return st.sampled_from([length for length in LENGTHS if length <= most])
+    return st.sampled_from([length for length in LENGTHS if length <= most]) | st.integers(0, most)
 
 
 def in_memory(array: Array, kind: str) -> Array:
