@@ -31,8 +31,8 @@ def matmul(x: Any, w: Any, *, x_scale: Any, out: Any, **options: Any) -> Any:
         raise TypeError("x_scale= and out= are not taken inside a traced function")
     if not (isinstance(w, QArray) or isinstance(x, QArray)):
         raise TypeError(
-            "matmul: neither operand is a QArray inside this traced function; let the function close "
-            "over the QArray instead of taking it as an argument"
+            "matmul: neither operand is a QArray inside this traced function; let the function "
+            "close over the QArray instead of taking it as an argument"
         )
     if isinstance(w, QArray) and isinstance(x, QArray):
         raise TypeError("matmul: both operands are QArrays; multiply them outside of the graph")
