@@ -14,7 +14,6 @@ from lowbit.formats import Format
 Array = npt.NDArray[Any]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-OUTPUTS = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class QArray(Refusals):
     _content: Content
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("QArray is made by lowbit.quantize, lowbit.from_parts or a checkpoint")
+        raise TypeError("QArray is made by lowbit.quantize or lowbit.from_parts")
 
     @classmethod
     def _of(

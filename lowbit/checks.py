@@ -49,7 +49,7 @@ def as_format(value: Any, argument: str) -> Format:
 
 
 def data(x: Array, argument: str) -> Array:
-    """Numbers to quantize: real, at least one axis, float (or integers, which are exact)."""
+    """Numbers to quantize: real, at least one axis, floating-point."""
     if x.ndim == 0:
         raise ValueError(f"{argument}: want at least one axis, got a 0-d array")
     if x.dtype.kind in "iu" or x.dtype.kind == "b":

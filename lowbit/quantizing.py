@@ -56,7 +56,7 @@ def constructor(base: str) -> Callable[..., Format]:
 
     build.__name__ = build.__qualname__ = base
     build.__doc__ = (
-        f"Return a {base} format: keywords group, block, asym, zero, bias and scale, as "
+        f"Return the {base} format: keywords group, block, asym, zero, bias and scale, as "
         f"``lowbit.formats.names.make`` takes them."
     )
     return build

@@ -183,38 +183,13 @@ class Gemm:
             (carry_at, scales_at, zeros_at, biases_at, codes_at, lines_at, work_at, x_at),
         )  # fmt: skip
 
-    def __call__(
-        self,
-        *,
-        x: int,
-        x_stride: int,
-        out: int,
-        out_stride: int,
-        x_scales: int = 0,
-        x_scales_stride: int = 0,
-        x_sums: int = 0,
-        x_sums_stride: int = 0,
-        alpha: float = 1.0,
-        bias: int = 0,
-        residual: int = 0,
-        residual_stride: int = 0,
-        **bound: Any,
-    ) -> None:
-        """Bind and compute once; see `bind` and `Bound`."""
-        self.bind(**bound)(
-            x=x,
-            x_stride=x_stride,
-            out=out,
-            out_stride=out_stride,
-            x_scales=x_scales,
-            x_scales_stride=x_scales_stride,
-            x_sums=x_sums,
-            x_sums_stride=x_sums_stride,
-            alpha=alpha,
-            bias=bias,
-            residual=residual,
-            residual_stride=residual_stride,
-        )
+    def __call__(self, **arguments: Any) -> None:
+        """Bind and compute once: the arguments of `bind` and of `Bound` together."""
+        fixed = {k: arguments.pop(k) for k in _FIXED if k in arguments}
+        self.bind(**fixed)(**arguments)
+
+
+_FIXED = tuple(name for name in Gemm.bind.__annotations__ if name != "return")
 
 
 @dataclass(frozen=True, slots=True)
