@@ -1,7 +1,14 @@
 """Hypothesis is the same in every run here; `make nightly` looks for what it has not seen."""
 
+import signal
+
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+# A shell's background jobs ignore SIGINT and hand that down to every child, where Python then
+# makes no handler: the tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
