@@ -382,7 +382,7 @@ def test_a_qarray_is_no_key():
 
 def test_a_qarray_is_not_made_by_its_class_and_does_not_change():
     w = weight((4, 24))
-    with pytest.raises(TypeError, match=r"lowbit\.quantize, lowbit\.from_parts"):
+    with pytest.raises(TypeError, match=r"lowbit\.quantize or lowbit\.from_parts"):
         lb.QArray(np.ones((4, 24)))
     with pytest.raises(AttributeError):
         w.shape = (2, 48)
