@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lowbit as lb
+from lowbit.formats import names
 
 RNG = np.random.default_rng(0)
 
@@ -24,7 +25,8 @@ def normal(*shape):
     ],
     ids=["beyond int8", "sign and magnitude"],
 )
-def test_whole_numbers_that_are_not_twos_complement_are_not_taken_for_it(table):
+def test_whole_numbers_that_are_not_twos_complement_are_not_taken_for_it(monkeypatch, table):
+    monkeypatch.setattr(names, "_user", dict(names._user))  # forgotten afterwards
     fmt = lb.codebook(f"whole{len(table)}", table, group=32)
     w = lb.quantize(normal(40, 64), "int4_g32")
     x = normal(5, 64)
