@@ -3,6 +3,7 @@
 if __name__ != "lowbit.kernels":
     raise ImportError("this folder is lowbit.kernels; run Python with -P, or from another folder")
 
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
 from pkgutil import walk_packages
@@ -22,6 +23,8 @@ __all__ = [
     "prepared",
 ]
 
+_USUAL = 64  # rows that batch-invariant kernels are chosen for
+
 
 @cache
 def registered() -> tuple[Kernel, ...]:
@@ -33,6 +36,8 @@ def registered() -> tuple[Kernel, ...]:
 def judge(problem: Problem) -> list[Verdict]:
     """One verdict for every kernel: the usable first, the cheapest first."""
     verdicts = []
+    # Where bits must not depend on m, neither may the choice.
+    asked = replace(problem, m=_USUAL) if problem.batch_invariant else problem
     for kernel in registered():
         backend = problem.device.partition(":")[0]
         if kernel.device not in (backend, "any"):
@@ -41,7 +46,7 @@ def judge(problem: Problem) -> list[Verdict]:
             refusal = f"reads {' or '.join(kernel.layouts)}, w is held as {problem.layout}"
         else:
             refusal = kernel.accepts(problem)
-        verdicts.append(Verdict(kernel, refusal, None if refusal else kernel.cost(problem)))
+        verdicts.append(Verdict(kernel, refusal, None if refusal else kernel.cost(asked)))
     return sorted(verdicts, key=lambda v: (v.seconds is None, v.seconds or 0.0, v.kernel.name))
 
 

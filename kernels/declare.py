@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,26 @@ Bind = Callable[[Any], Run]
 """bind(w): whatever follows from the weight's parts alone, done once."""
 
 
+class Outcome(Enum):
+    """What a run that quantizes x has to say."""
+
+    NOT_FINITE = "x holds NaN or infinities"
+
+
+NOT_FINITE = Outcome.NOT_FINITE
+"""Given back instead of a result: the caller quantizes x in the reference, which says where."""
+
+FusedRun = Callable[[Array, Epilogue, Array], Outcome | None]
+"""run(x, epilogue, out) with a dense x (M, K): C-contiguous, aligned, of native byte order.
+
+Codes and scales, and so the result, are those of `lowbit.quantize(x, problem.x)` with its
+defaults, bit for bit. What `out` holds with NOT_FINITE does not matter.
+"""
+
+FusedBind = Callable[[Any], FusedRun]
+"""bind(w), as `Bind`."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way to compute a product."""
@@ -94,6 +115,9 @@ class Kernel:
     """The arithmetic that the published error bound is derived from."""
     layouts: tuple[str, ...] = ("rows",)
     """Arrangements of w that it reads; the last one is the one it likes best."""
+    fused: Callable[[Problem, str], FusedBind | None] | None = None
+    """fused(problem, dtype): for an accepted problem whose x is a format, the same product from a
+    dense x of this dtype, quantized inside; None where it does not do that."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +136,10 @@ class Roundings:
     """The order of the sum, in words."""
     activation: tuple[float, float] = (0.0, 0.0)
     """Relative and absolute error of the activation function, beside that of its argument."""
+    weight: float = 0.0
+    """Relative error of w's values, where they are rounded to a narrower type first."""
+    flushed: float = 0.0
+    """Most that a product loses where subnormal numbers are taken for zero."""
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lowbit.formats import Format, codes, reference
-from lowbit.kernels.cpu import gemm, operands
+from lowbit.kernels.cpu import gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.decode import consecutive
-from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
+from lowbit.kernels.declare import Bind, FusedBind, Kernel, Problem, Roundings
 
 
 def _spec(p: Problem) -> gemm.Spec:
     fmt = p.w
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
+    method = "direct" if p.m <= operands.FEW else "decoded"
+    if operands.isa_of(p).amx and p.m > operands.FEW:
+        method = "tiles"
     return gemm.Spec(
         inner="dot",
+        method=method,
         element=fmt.element,
         layout=p.layout,
         scale=operands.scale_kind(fmt),
@@ -33,12 +34,12 @@ def _segment(p: Problem) -> int | None:
 
     Longer runs between two changes of a scale are split evenly.
     """
-    assert isinstance(p.x, Format)
+    assert not isinstance(p.x, str)
     segment = operands.segment_of(p)
     longest = gemm.longest_segment(p.x.element, p.w.element, operands.zero_kind(p.w))
     if segment <= longest:
         return segment
-    step = gemm.codes_per_word(p.w.element)
+    step = gemm.granule(_spec(p))
     if segment == p.k:
         return longest // step * step
     fitting = (segment // parts for parts in range(2, segment // step + 1) if segment % parts == 0)
@@ -68,46 +69,18 @@ def _cost(p: Problem) -> float:
 
 
 def _build(p: Problem) -> Bind:
-    spec, isa = _spec(p), operands.isa_of(p)
-    gemm_of = gemm.build(spec, isa)
     segment = _segment(p)
-    assert isinstance(p.x, Format)
     assert segment is not None
-    x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
-
-    def bind(w: Any) -> Run:
-        call = gemm_of.bind(
-            m=p.m,
-            n=p.n,
-            k=p.k,
-            segment=segment,
-            x_block_segments=x_blocks,
-            **operands.weight_arguments(w, segment),
-        )
-
-        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            arranged = gemm.arrange(_int8(x), spec.element, isa, segment)
-            scales = operands.x_blocks(x)
-            call(
-                x=operands.address(arranged.x),
-                x_stride=arranged.x.shape[-1],
-                x_sums=operands.address(arranged.sums),
-                x_sums_stride=arranged.sums.shape[-1],
-                x_scales=operands.address(scales),
-                x_scales_stride=scales.shape[1],
-                **operands.output_arguments(epilogue, out, operands.second_level(x, w)),
-            )
-
-        return run
-
-    return bind
+    return product.bind(p, _spec(p), segment)
 
 
-def _int8(x: reference.Packed) -> Array:
-    """Codes as int8 numbers, one a byte."""
-    if x.format.element.bits == 8:
-        return x.codes.view("int8")
-    return codes.decode(x.format.element, reference.element_codes(x)).astype("int8")
+def _fused(p: Problem, dtype: str) -> FusedBind | None:
+    segment = _segment(p)
+    assert segment is not None
+    assert not isinstance(p.x, str)
+    if not product.fuses(p.x) or dtype == "float64":
+        return None
+    return product.bind(p, _spec(p), segment, dtype)
 
 
 def _roundings(p: Problem) -> Roundings:
@@ -131,5 +104,6 @@ KERNELS = (
         build=_build,
         roundings=_roundings,
         layouts=("rows", "words16"),
+        fused=_fused,
     ),
 )

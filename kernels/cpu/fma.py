@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
 from lowbit.formats import Format
-from lowbit.kernels.cpu import gemm, operands
+from lowbit.kernels.cpu import gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
-from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
+from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
 
 
 def _spec(p: Problem) -> gemm.Spec:
@@ -17,6 +13,7 @@ def _spec(p: Problem) -> gemm.Spec:
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
     return gemm.Spec(
         inner="fma",
+        method="direct" if p.m <= operands.FEW else "decoded",
         element=fmt.element,
         layout=p.layout,
         scale=operands.scale_kind(fmt),
@@ -66,53 +63,7 @@ def _cost(p: Problem) -> float:
 
 
 def _build(p: Problem) -> Bind:
-    spec = _spec(p)
-    gemm_of = gemm.build(spec, operands.isa_of(p))
-    segment = operands.segment_of(p)
-    width = gemm.word_columns(spec.element, p.k)
-    x_blocks = 1
-    if isinstance(p.x, Format):
-        x_blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
-
-    def bind(w: Any) -> Run:
-        call = gemm_of.bind(
-            m=p.m,
-            n=p.n,
-            k=p.k,
-            segment=segment,
-            x_block_segments=x_blocks,
-            **operands.weight_arguments(w, segment),
-        )
-
-        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            arguments = operands.output_arguments(epilogue, out, operands.second_level(x, w))
-            scales = None
-            if spec.x_scale:
-                rows, scales = operands.x_values(x, width), operands.x_blocks(x)
-                arguments["x_scales"] = operands.address(scales)
-                arguments["x_scales_stride"] = scales.shape[1]
-            else:
-                rows = operands.padded(x, width)
-            if spec.biases:
-                repeated = None if scales is None else np.repeat(scales, x_blocks, axis=1)
-                sums = _sums(rows, segment, repeated)
-                arguments["x_sums"] = operands.address(sums)
-                arguments["x_sums_stride"] = sums.shape[1]
-            call(x=operands.address(rows), x_stride=rows.strides[0] // 4, **arguments)
-
-        return run
-
-    return bind
-
-
-def _sums(rows: Array, segment: int, scales: Array | None) -> Array:
-    """float32 sums of x over each segment, added up and scaled in float64."""
-    starts = np.arange(0, rows.shape[1], segment)
-    sums = np.add.reduceat(rows.astype(np.float64), starts, axis=1)
-    if scales is not None:
-        sums *= scales[:, : sums.shape[1]]
-    with np.errstate(over="ignore"):
-        return sums.astype(np.float32)
+    return product.bind(p, _spec(p), operands.segment_of(p))
 
 
 def _roundings(p: Problem) -> Roundings:

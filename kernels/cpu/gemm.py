@@ -1,12 +1,15 @@
 """Products with a quantized weight, compiled for one class of problems: `build`, then call.
 
-Order of arithmetic, the same for every tile, number of rows, thread and instruction set:
+Order of arithmetic, for every tile, number of rows and threads:
 
     fma:   g = 0; for k ascending in the segment: g = fma(x, value(code) - zero, g)
            sum = fma(w_scale, g, sum), with scales of x: sum = fma(x_scale, w_scale * g, sum)
            with block biases, then: sum = fma(x_sum, bias, sum)
     dot:   g = the exact integer, then as above with float(g)
+    bf16:  g = the instruction's own sum of pairs, then as above
     out:   round(activation(fma(alpha, sum, bias[n])) + residual), without a bias alpha * sum
+
+fma and dot give the same bits on every instruction set.
 """
 
 from __future__ import annotations
@@ -16,30 +19,31 @@ import math
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import native, pool, program
 from lowbit.kernels.cpu.decode import consecutive
-from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.program import HEAD, PackArguments
+from lowbit.kernels.cpu.isa import RECORDS, Isa
+from lowbit.kernels.cpu.micro import ROW, VECTOR
+from lowbit.kernels.cpu.program import HEAD
 from lowbit.kernels.cpu.spec import INTEGERS, Spec
-from lowbit.kernels.cpu.tile import DOTS, ROW, VECTOR, shapes, word_steps
-from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS, codes_per_word, word_bits, word_columns
+from lowbit.kernels.cpu.steps import Steps
+from lowbit.kernels.cpu.tiles import STAGE, TALL, configuration
+from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS
 
-Array = npt.NDArray[Any]
-
-_TALLEST = 128  # rows of a tile, a multiple of all micro-kernels' heights
 _BLOCK = struct.Struct(program.FORMAT)
-_PACK_BLOCK = struct.Struct(f"<{len(PackArguments._fields)}q")
+_TILE_STEPS = 16  # 32-bit steps of the widest AMX tile
+# Vectors of a panel that are decoded at a time: four panels of them stay in the second level
+# cache (AMX reads half of them again and again, from the first), or in the first one.
+_UNROLLED = {"tiles": 256, "decoded": 96}
+_LONGEST = 4096  # granules of packed words that a tile goes through at a time
+_COPIED = 256  # words of canonical rows that are brought into scratch at a time
 
 
 def refuse(spec: Spec, *, segment: int, k: int) -> str | None:
     """Why this product cannot be compiled, in words; None if it can."""
-    element, step = spec.element, codes_per_word(spec.element)
+    element, step = spec.element, granule(spec)
     if segment < k and segment % step:
         return (
             f"scales must change at multiples of {step} columns for {element.name}, "
@@ -58,6 +62,11 @@ def refuse(spec: Spec, *, segment: int, k: int) -> str | None:
     return None
 
 
+def granule(spec: Spec) -> int:
+    """Codes that are decoded together: scales change at multiples of it."""
+    return Steps(spec, RECORDS[-1]).codes
+
+
 def longest_segment(x: Element, w: Element, zero: str | None = None) -> int:
     """Columns whose sum of x * (w - zero) surely fits in int32."""
     low, high = w.min, w.max
@@ -68,35 +77,6 @@ def longest_segment(x: Element, w: Element, zero: str | None = None) -> int:
     return (2**31 - 1) // max(largest, 1)
 
 
-class Arranged(NamedTuple):
-    """An integer x as `dot` kernels read it."""
-
-    x: Array
-    """[..., m, word_columns], in the order and width of the instruction set."""
-    sums: Array
-    """int32 [..., m, segments]."""
-
-
-def arrange(codes: Array, element: Element, isa: Isa, segment: int) -> Arranged:
-    """Order int8 [..., m, k] the way the codes of w, `element`, come out of their words.
-
-    A lane has `parts` operands side by side; part j of word w after p shifts is code
-    j * (codes / parts) + p of the word.
-    """
-    k = codes.shape[-1]
-    per_word, parts = codes_per_word(element), DOTS[isa.dot].parts
-    width = word_columns(element, k)
-    padded = np.zeros((*codes.shape[:-1], width), DOTS[isa.dot].x_type)
-    padded[..., :k] = codes
-    if k:
-        sums = np.add.reduceat(codes, np.arange(0, k, segment), axis=-1, dtype=np.int32)
-    else:
-        sums = np.zeros((*codes.shape[:-1], 0), np.int32)
-    words = padded.reshape(*codes.shape[:-1], width // per_word, parts, per_word // parts)
-    ordered = np.ascontiguousarray(words.swapaxes(-1, -2)).reshape(padded.shape)
-    return Arranged(ordered, sums)
-
-
 @dataclass(frozen=True)
 class Gemm:
     """A compiled class of products. Calling it computes one; it may be called concurrently."""
@@ -104,6 +84,11 @@ class Gemm:
     spec: Spec
     isa: Isa
     entry: int
+
+    @property
+    def steps(self) -> Steps:
+        """How its words become operands."""
+        return Steps(self.spec, self.isa)
 
     def bind(
         self,
@@ -144,43 +129,46 @@ class Gemm:
         threads : int, optional
             Most threads to use.
         """
-        spec = self.spec
-        bits = word_bits(spec.element)
-        words = -(-k * bits // 32)
-        piece = max(1, -(-min(segment, k) * bits // 32))
-        tallest = shapes(self.isa)[0]
-        packed = tallest.packed and m >= tallest.rows
-        steps = word_steps(spec, self.isa)
-        stretch = _stretch(spec, words, piece, 65536 // (VECTOR * steps) if packed else 4096)
-        blocks = -(-m // _tile_rows(self.isa, k))
-        tall = -(-m // blocks // tallest.rows) * tallest.rows if blocks > 1 else m
+        spec, steps = self.spec, self.steps
+        units = Units.of(spec, steps, segment, k)
+        tall = _tile_rows(spec, self.isa, m, k)
         columns = -(-n // (GROUP * PANEL))
-        # Sums, carried sums, the packed blocks of a stretch, its codes, expanded lines, work.
-        sums = tall * ROW
-        carry_at = HEAD + sums
-        scales_at = carry_at + (sums if piece > stretch or stretch % piece else 0)
-        block = (min(-(-stretch // piece) + 1, -(-words // piece)) if words else 0) * ROW
-        zeros_at = scales_at + block
-        biases_at = zeros_at + (block if spec.zero is not None else 0)
-        codes_at = biases_at + (block if spec.biases else 0)
-        lines_at = codes_at + (stretch * ROW if spec.layout == "rows" else 0)
-        expanded = 0 if spec.element.bits in WIDTHS else (stretch + 1) * VECTOR
-        work_at = lines_at + expanded
-        x_at = work_at + (block if spec.scale_layout == "rows" else 0)
-        scratch = x_at + (stretch * steps * VECTOR if packed else 0)
+        tiles = spec.method == "tiles"
+        held = -(-tall // TALL) * TALL if tiles else tall
+        places = _Places()
+        places.take("", held * ROW)  # the sums
+        carried = units.span > units.stretch
+        places.take("carry_at", held * ROW if carried else 0)
+        places.take("stage_at", STAGE if tiles else 0)
+        block = (units.stretch // units.segment + 1) * ROW if k else 0
+        places.take("scales_at", block)
+        places.take("zeros_at", block if spec.zero is not None else 0)
+        places.take("biases_at", block if spec.biases else 0)
+        rows = spec.layout == "rows"
+        words = units.stretch * units.each * steps.words
+        places.take("codes_at", words * ROW if rows else 0)
+        odd = rows and spec.element.bits not in WIDTHS
+        places.take("lines_at", (words + 4) * VECTOR if odd else 0)
+        places.take("work_at", block if spec.scale_layout == "rows" else 0)
+        unrolled = units.stretch * units.each * steps.count * ROW
+        places.take("operands_at", 0 if spec.method == "direct" else unrolled)
         return Bound(
             self.entry,
             columns * -(-m // tall) if m > 0 and n > 0 else 0,
-            scratch,
-            DOTS[self.isa.dot].x_size if spec.inner == "dot" else 4,
+            places.end,
             threads,
             x_block_segments,
-            (m, n, words, piece, stretch, tall, columns),
+            (
+                m, n, units.total, units.segment, units.stretch, units.span, units.granules,
+                units.segment_granules, units.each, units.each * steps.count,
+                int(steps.plain and not units.padded), tall, columns,
+            ),
             (
                 codes, codes_stride, -(-k * spec.element.bits // 8),
                 scales, zeros, biases, scales_stride, block_rows, block_segments,
             ),
-            (carry_at, scales_at, zeros_at, biases_at, codes_at, lines_at, work_at, x_at),
+            (*places.found, words),
+            configuration(units.each * steps.count) if tiles else b"",
         )  # fmt: skip
 
     def __call__(self, **arguments: Any) -> None:
@@ -199,12 +187,12 @@ class Bound:
     entry: int
     tiles: int
     scratch: int
-    x_size: int
     threads: int | None
     x_block_segments: int
     sizes: tuple[int, ...]
     weight: tuple[int, ...]
     places: tuple[int, ...]
+    configuration: bytes
 
     def __call__(
         self,
@@ -222,19 +210,19 @@ class Bound:
         residual: int = 0,
         residual_stride: int = 0,
     ) -> None:
-        """Compute out[m, n]. Arrays are given by address; strides count elements.
+        """Compute out[m, n]. Arrays are given by address; strides count elements, x's bytes.
 
         Parameters
         ----------
         x, x_stride : int
-            float32 [m, word_columns(element, k)], zeros from column k on; for "dot" what
-            `arrange` gives.
+            What `arrange` makes of x: operands in the order of `Steps`, and zeros behind them.
         out, out_stride : int
             Result, contiguous along n.
         x_scales, x_scales_stride : int
             float32 [m, blocks] of x.
         x_sums, x_sums_stride : int
-            [m, segments]: int32 sums of the codes of x ("dot"), float32 sums of x (biases).
+            [m, segments]: int32 sums of x's codes ("dot"; times `Steps.offset` where w has no zero
+            points), float32 sums of x (biases).
         alpha : float
             Rounded to float32.
         bias : int
@@ -246,28 +234,97 @@ class Bound:
             return
         argument = _BLOCK.pack(
             *self.sizes,
-            x, x_stride * self.x_size,
+            x, x_stride,
             *self.weight,
             x_scales, x_scales_stride, self.x_block_segments, x_sums, x_sums_stride,
             bias, residual, residual_stride, out, out_stride,
             *self.places,
             alpha,
         )  # fmt: skip
-        held = ctypes.create_string_buffer(argument, _BLOCK.size)
+        argument += self.configuration
+        held = ctypes.create_string_buffer(argument, len(argument))
         pool.run(self.entry, ctypes.addressof(held), self.tiles, self.scratch, self.threads)
 
 
-def _stretch(spec: Spec, words: int, piece: int, limit: int) -> int:
-    """Words of k that a tile works on at a time: what it packs should stay in the nearest cache."""
-    most = min(limit, 256 if spec.layout == "rows" else 256 * piece)
-    whole = most // piece * piece or most
-    return max(2, min(whole + whole % 2, words + words % 2))
+@dataclass(frozen=True)
+class Units:
+    """How a row of codes is cut; see `program.Arguments`."""
+
+    granules: int
+    segment_granules: int
+    each: int
+    """Granules of a unit."""
+    segment: int
+    total: int
+    stretch: int
+    span: int
+
+    @classmethod
+    def of(cls, spec: Spec, steps: Steps, segment: int, k: int) -> Units:
+        """Cut k columns whose scales change every `segment`."""
+        granules = -(-k // steps.codes)
+        own = max(1, -(-min(segment, k) // steps.codes))
+        each, many = 1, own
+        if spec.method == "tiles":
+            most = _TILE_STEPS // steps.count
+            many = -(-own // most)
+            each = -(-own // many)
+        segments = -(-granules // own)
+        final = granules - (segments - 1) * own
+        total = (segments - 1) * many + -(-final // each) if granules else 0
+        stretch = span = max(1, min(_limit(spec, steps) // each, total))
+        if many <= stretch:
+            stretch = span = stretch // many * many
+        else:
+            # Evenly, so that the last part of a segment is not a small rest.
+            stretch = -(-many // -(-many // stretch))
+            span = many
+        return cls(granules, own, each, many, total, stretch, span)
+
+    @property
+    def padded(self) -> bool:
+        """Some unit is not full."""
+        full = self.segment * self.each
+        return full != self.segment_granules and self.total > 1 or bool(self.granules % self.each)
+
+    def columns(self, steps: Steps) -> int:
+        """Operands of a row of x."""
+        return self.total * self.each * steps.codes
 
 
-def _tile_rows(isa: Isa, k: int) -> int:
-    """Rows of a tile: a multiple of 16 where a tile stays below a hundredth of a second."""
-    products = 2**21 * isa.lanes
-    return max(16, min(_TALLEST, products // (64 * max(k, 1)) // 16 * 16))
+def _limit(spec: Spec, steps: Steps) -> int:
+    """Granules that a tile works on at a time."""
+    found = _LONGEST
+    if spec.method != "direct":
+        found = _UNROLLED[spec.method] // steps.count
+    if spec.layout == "rows":
+        found = min(found, max(1, _COPIED // steps.words))
+    return max(1, found)
+
+
+class _Places:
+    """Offsets into the scratch memory of a tile, one behind the other."""
+
+    def __init__(self) -> None:
+        self.end = HEAD
+        self.found: list[int] = []
+
+    def take(self, name: str, size: int) -> None:
+        """Reserve memory; a name that the arguments have is remembered."""
+        if name:
+            self.found.append(self.end)
+        self.end += size
+
+
+def _tile_rows(spec: Spec, isa: Isa, m: int, k: int) -> int:
+    """Rows of a tile: as many as possible, decoding once for all; below a hundredth of a second."""
+    most, speed = {"tiles": (512, 2**26), "decoded": (256, 2**21), "direct": (64, 2**21)}[
+        spec.method
+    ]
+    products = speed * isa.lanes
+    longest = max(TALL, min(most, products // (64 * max(k, 1)) // TALL * TALL))
+    blocks = max(1, -(-m // longest))
+    return max(1, -(-m // blocks // TALL) * TALL if blocks > 1 else m)
 
 
 @lru_cache(maxsize=1024)
@@ -277,37 +334,3 @@ def build(spec: Spec, isa: Isa) -> Gemm:
     if reason is not None:
         raise ValueError(f"gemm: {reason}")
     return Gemm(spec, isa, native.load(program.text(spec, isa), isa).address("tile"))
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Canonical rows of codes to words16, compiled."""
-
-    entry: int
-
-    def __call__(self, *, codes: int, stride: int, n: int, size: int, out: int) -> None:
-        """`size` bytes of each of `n` rows, `stride` bytes apart, to uint32 [panels, words, 16]."""
-        argument = _PACK_BLOCK.pack(codes, stride, n, size, out)
-        held = ctypes.create_string_buffer(argument, _PACK_BLOCK.size)
-        pool.run(self.entry, ctypes.addressof(held), -(-n // PANEL), 8 * PANEL)
-
-
-@lru_cache(maxsize=16)
-def build_pack(isa: Isa) -> Pack:
-    """Compile the packing of weights, or take it from the object cache."""
-    return Pack(native.load(program.pack_text(isa), isa).address("tile"))
-
-
-__all__ = [
-    "Arranged",
-    "Gemm",
-    "Pack",
-    "Spec",
-    "arrange",
-    "build",
-    "build_pack",
-    "codes_per_word",
-    "longest_segment",
-    "refuse",
-    "word_columns",
-]

@@ -180,6 +180,13 @@ class Function:
             return Value("void", "")
         return self.let(kind, text)
 
+    def tile(self, name: str, *operands: int | Value) -> None:
+        """An instruction of AMX; tile registers are given by number."""
+        texts = [str(each) if isinstance(each, Value) else f"i8 {each}" for each in operands]
+        types = ", ".join(text.split()[0] for text in texts)
+        self.module.declare(name, f"declare void @llvm.x86.{name}({types})")
+        self.do(f"call void @llvm.x86.{name}({', '.join(texts)})")
+
     def run(self, function: Function, *operands: Value) -> None:
         """Call a function of this module."""
         self.do(f"call void @{function.name}({', '.join(map(str, operands))})")

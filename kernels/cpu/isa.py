@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ class Isa:
     registers: int
     """Vector registers."""
     dot: str
-    """How four int8 products are summed: vpdpbusd512, pmaddwd, sdot or widen."""
+    """How int8 products are summed: vpdpbusd512, vpdpbusd256, pmaddubsw, sdot or widen."""
     permute: str
     """How a table of 16 floats is looked up: vpermps512, vpermps256x2 or load."""
     pdep: bool
     """BMI2's pdep is there and fast."""
+    bf16: bool = False
+    """Pairs of bfloat16 are multiplied and summed in float32 (vdpbf16ps)."""
+    amx: bool = False
+    """Tiles of 16 rows are multiplied as a whole, int8 and bfloat16."""
     needs: tuple[str, ...] = ()
     """Flags of /proc/cpuinfo without which the code must not be executed."""
 
@@ -39,28 +44,61 @@ class Isa:
 _V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
-RECORDS: tuple[Isa, ...] = (
-    Isa(
-        name="avx512vnni",
-        triple="x86_64-unknown-linux-gnu",
+_VNNI = (*_V4, "avx512_vnni")
+_X86 = "x86_64-unknown-linux-gnu"
+_ARM = "aarch64-unknown-linux-gnu"
+# LLVM tunes x86-64-v4 for early Skylake, where 512 bits cost clock rate.
+_WIDE = "-prefer-256-bit,+avx512vnni"
+
+
+def _avx512(name: str, features: str = "", needs: tuple[str, ...] = (), **more: bool) -> Isa:
+    return Isa(
+        name=name,
+        triple=_X86,
         cpu="x86-64-v4",
-        # LLVM tunes x86-64-v4 for early Skylake, where 512 bits cost clock rate.
-        features="-prefer-256-bit,+avx512vnni",
+        features=_WIDE + features,
         lanes=16,
         registers=32,
         dot="vpdpbusd512",
         permute="vpermps512",
         pdep=True,
-        needs=(*_V4, "avx512_vnni"),
+        needs=(*_VNNI, *needs),
+        **more,
+    )
+
+
+_AMX = ("amx_tile", "amx_int8", "amx_bf16")
+
+RECORDS: tuple[Isa, ...] = (
+    _avx512(
+        "amx",
+        ",+avx512bf16,+amx-tile,+amx-int8,+amx-bf16",
+        ("avx512_bf16", *_AMX),
+        bf16=True,
+        amx=True,
+    ),
+    _avx512("avx512bf16", ",+avx512bf16", ("avx512_bf16",), bf16=True),
+    _avx512("avx512vnni"),
+    Isa(
+        name="avxvnni",
+        triple=_X86,
+        cpu="x86-64-v3",
+        features="+avxvnni",
+        lanes=8,
+        registers=16,
+        dot="vpdpbusd256",
+        permute="vpermps256x2",
+        pdep=True,
+        needs=(*_V3, "avx_vnni"),
     ),
     Isa(
         name="avx2",
-        triple="x86_64-unknown-linux-gnu",
+        triple=_X86,
         cpu="x86-64-v3",
         features="",
         lanes=8,
         registers=16,
-        dot="pmaddwd",
+        dot="pmaddubsw",
         permute="vpermps256x2",
         # Microcoded on AMD before Zen 3: hundreds of cycles.
         pdep=False,
@@ -68,7 +106,7 @@ RECORDS: tuple[Isa, ...] = (
     ),
     Isa(
         name="neon",
-        triple="aarch64-unknown-linux-gnu",
+        triple=_ARM,
         cpu="generic",
         features="+neon,+dotprod",
         lanes=4,
@@ -96,6 +134,8 @@ RECORDS: tuple[Isa, ...] = (
 def runnable() -> tuple[Isa, ...]:
     """Return the records this machine can execute, best first; "generic" is always the last."""
     flags = _flags()
+    if flags.issuperset(_AMX) and not _tiles_permitted():
+        flags -= set(_AMX)
     system = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     return tuple(
         isa
@@ -115,6 +155,16 @@ def host() -> Isa:
             return isa
     legal = ", ".join(isa.name for isa in runnable())
     raise ValueError(f"LOWBIT_ISA: {name!r} does not run on this machine; {legal} do.")
+
+
+def _tiles_permitted() -> bool:
+    """Ask Linux for the use of tile registers, for every thread of this process.
+
+    They take 8 kB a thread, so the system wants to be asked (arch_prctl, since Linux 5.16).
+    """
+    request_permission, tile_data = 0x1023, 18
+    system_call = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(system_call(158, request_permission, tile_data) == 0)
 
 
 def _flags() -> frozenset[str]:

@@ -19,6 +19,8 @@ LARGEST = float(np.finfo(np.float32).max)
 # alpha * tensor scales is a product of float64 rounded once, the bias is rounded to float32, and
 # one fma joins the three.
 FINAL_ROUNDINGS = 3
+FEW = 4
+"""Rows of x for which codes are decoded in registers, again for every such few rows."""
 
 
 def isa_of(problem: Problem) -> Isa:
@@ -112,37 +114,24 @@ def contiguous_parts(w: Packed | Words16) -> Packed | Words16:
     )
 
 
-def x_blocks(x: Packed) -> Array:
-    """float32 (M, blocks): the scales of x, one row of them for each row."""
+def x_blocks(x: Packed, rows: int) -> Array:
+    """float32 (rows, blocks): the scales of x, one row of them for each row, then anything."""
     scales = scaling.decode_scales(x.format, x.scales)
-    spread = reference.spread(scales, (x.format.scale.block[0], 1), (x.shape[-2], scales.shape[-1]))
-    return np.ascontiguousarray(spread, FLOAT32)
+    m = x.shape[-2]
+    spread = reference.spread(scales, (x.format.scale.block[0], 1), (m, scales.shape[-1]))
+    if rows == m:
+        return np.ascontiguousarray(spread, FLOAT32)
+    padded = np.zeros((rows, scales.shape[-1]), FLOAT32)
+    padded[:m] = spread
+    return padded
 
 
-def x_values(x: Packed, width: int) -> Array:
-    """float32 (M, width): codes of x decoded, zero points taken off, columns padded with 0."""
-    values = np.zeros((x.shape[-2], width), FLOAT32)
-    part = values[:, : x.shape[-1]]
-    part[...] = codes.decode(x.format.element, reference.element_codes(x))
+def x_values(x: Packed) -> Array:
+    """float32 (M, K): codes of x decoded, zero points taken off."""
+    values = codes.decode(x.format.element, reference.element_codes(x))
     if x.zeros is not None:
-        part -= reference.spread(x.zeros.astype(FLOAT32), x.format.scale.block, x.matrix)
+        values -= reference.spread(x.zeros.astype(FLOAT32), x.format.scale.block, x.matrix)
     return values
-
-
-def padded(x: Array, width: int) -> Array:
-    """float32 rows of this width: x itself where it already is so."""
-    if (
-        x.dtype == FLOAT32
-        and x.dtype.isnative
-        and x.shape[1] == width
-        and x.strides[1] == 4
-        and x.strides[0] >= 4 * width
-        and x.flags.aligned
-    ):
-        return x
-    wide = np.zeros((x.shape[0], width), FLOAT32)
-    wide[:, : x.shape[1]] = x
-    return wide
 
 
 def packing_seconds(p: Problem) -> float:

@@ -15,31 +15,34 @@ from lowbit.kernels.cpu.decode import decoder
 from lowbit.kernels.cpu.epilogue import EDGE, writer
 from lowbit.kernels.cpu.ir import FLOAT, LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
+from lowbit.kernels.cpu.micro import ROW, VECTOR, Shape
 from lowbit.kernels.cpu.spec import Spec
-from lowbit.kernels.cpu.tile import (
-    DOTS,
-    ROW,
-    VECTOR,
-    Micro,
-    Shape,
-    shapes,
-    stored_offset,
-    word_steps,
-)
+from lowbit.kernels.cpu.steps import Steps
+from lowbit.kernels.cpu.tile import Vectors, shapes
+from lowbit.kernels.cpu.tiles import SHAPES, TALL, Tiles
+from lowbit.kernels.cpu.unroll import unroller
 from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS
 
 
 class Arguments(NamedTuple):
     """The block that `tile` reads: 64-bit integers and addresses, and alpha at the end.
 
-    Strides are bytes for codes and elements for the rest; `*_at` are offsets into scratch.
+    Strides of x and of codes are bytes, others elements; `*_at` are offsets into scratch. A unit is
+    a granule of codes, or a tile of AMX, which has `unit_granules` of them; the last unit of a
+    segment need not be full.
     """
 
     m: int
     n: int
-    words: int
-    segment: int  # words
-    stretch: int  # words
+    total: int  # units
+    segment: int  # units
+    stretch: int  # units
+    span: int  # units: one segment, or as many as a stretch has
+    granules: int  # of a row
+    segment_granules: int
+    unit_granules: int
+    tile: int  # steps of an AMX tile
+    plain: int  # 1: the words are tiles already
     tile_rows: int
     columns: int  # tiles side by side
     x: int
@@ -64,17 +67,20 @@ class Arguments(NamedTuple):
     out: int
     out_stride: int
     carry_at: int
+    stage_at: int
     scales_at: int
     zeros_at: int
     biases_at: int
     codes_at: int
     lines_at: int
     work_at: int
-    x_at: int
+    operands_at: int
+    stretch_words: int  # of canonical rows, that a panel copies at a time
     alpha: float
 
 
 FORMAT = f"<{len(Arguments._fields) - 1}qf4x"
+CONFIGURATION = 8 * len(Arguments._fields)  # where the shape of AMX's tiles follows, 64 bytes
 ADDRESSES = ("x", "codes", "scales", "zeros", "biases", "x_scales", "x_sums", "bias", "residual")
 ITEM_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8}
 # Scratch of a tile starts with what the epilogue needs and the table of row addresses.
@@ -93,39 +99,6 @@ def text(spec: Spec, isa: Isa) -> str:
     return module.text()
 
 
-def pack_text(isa: Isa) -> str:
-    """IR of `tile` that turns one panel of canonical rows into words16; see `PackArguments`."""
-    module = Module(isa)
-    f = module.function("tile", {"a": "ptr", "number": "i64", "scratch": "ptr"}, "external")
-    a, number, scratch = f.parameters
-    got = _arguments(f, a, PackArguments._fields, ("codes", "out"))
-    first = f.mul(number, PANEL)
-    f.run(
-        pack.row_table(module),
-        got["codes"],
-        scratch,
-        got["stride"],
-        first,
-        got["n"],
-        constant("i64", 1),
-    )
-    words = f.over(got["size"], 4)
-    out = f.at(got["out"], f.mul(f.mul(number, words), VECTOR))
-    left = f.op("sub", got["n"], first)
-    f.run(pack.transposer(module), scratch, left, constant("i64", 0), got["size"], out)
-    return module.text()
-
-
-class PackArguments(NamedTuple):
-    """The block that the packing `tile` reads."""
-
-    codes: int
-    stride: int
-    n: int
-    size: int
-    out: int
-
-
 def _arguments(
     f: Function, block: Value, names: tuple[str, ...], addresses: tuple[str, ...]
 ) -> dict[str, Value]:
@@ -141,18 +114,23 @@ class _Tile:
 
     def __init__(self, spec: Spec, module: Module) -> None:
         self.spec, self.module = spec, module
-        self.kernels = [(each, Micro(spec, module, each).function) for each in shapes(module.isa)]
+        self.steps = Steps(spec, module.isa)
+        self.tiles = spec.method == "tiles"
+        build, sizes = (Tiles, SHAPES) if self.tiles else (Vectors, shapes(spec, module.isa))
+        self.kernels = [(each, build(spec, module, each).function) for each in sizes]
         self.transpose = pack.transposer(module)
         self.row_table = pack.row_table(module)
         bits = spec.element.bits
-        self.expand = None if bits in WIDTHS else pack.expander(module, bits)
+        expanded = spec.layout == "rows" and bits not in WIDTHS
+        self.expand = pack.expander(module, bits) if expanded else None
+        self.decode = None if spec.method == "direct" else unroller(spec, module)
         self.unpack = {name: self._unpacker(name, kind) for name, kind in self._blocks().items()}
         self.finish = writer(spec, module)
         names = {"a": "ptr", "number": "i64", "scratch": "ptr"}
         self.function = module.function("tile", names, "external")
-        block, self.number, self.scratch = self.function.parameters
+        self.block, self.number, self.scratch = self.function.parameters
         addresses = (*ADDRESSES, "out")
-        self.a = _arguments(self.function, block, Arguments._fields, addresses)
+        self.a = _arguments(self.function, self.block, Arguments._fields, addresses)
         self._write()
 
     def _blocks(self) -> dict[str, Element | str]:
@@ -165,7 +143,7 @@ class _Tile:
     def _unpacker(self, name: str, kind: Element | str) -> Function:
         offset = None
         if name == "zeros" and self.spec.inner == "dot":
-            offset = stored_offset(self.spec, DOTS[self.module.isa.dot])[1]
+            offset = self.steps.offset
         return pack.unpacker(
             self.module,
             f"unpack_{name}",
@@ -187,18 +165,24 @@ class _Tile:
         panels = f.over(columns, LANES)
         edge, table = self.scratch, f.at(self.scratch, EDGE)
         sums = f.at(self.scratch, HEAD)
-        with f.loop(0, f.mul(rows, GROUP)) as loop:
+        tall = f.mul(f.over(rows, TALL), TALL) if self.tiles else rows
+        with f.loop(0, f.mul(tall, GROUP)) as loop:
             f.store(constant(FLOAT, 0.0), f.at(sums, f.mul(loop.index, VECTOR)), 64)
-        with f.loop(0, a["words"], a["stretch"]) as loop:
-            first = loop.index
-            last = f.least(f.add(first, a["stretch"]), a["words"])
-            with f.loop(0, panels) as panel:
-                at = f.add(column, f.mul(panel.index, LANES))
-                if self.spec.layout == "rows":
-                    self._codes(at, panel.index, first, last, table)
-                for name in self.unpack:
-                    self._scales(name, at, panel.index, first, last, table)
-            self._products(row, rows, column, panels, first, last, sums, table)
+        if self.tiles:
+            f.call("llvm.x86.ldtilecfg", "void", f.at(self.block, CONFIGURATION))
+        with f.loop(0, a["total"], a["span"]) as spans:
+            end = f.least(f.add(spans.index, a["span"]), a["total"])
+            with f.loop(spans.index, end, a["stretch"]) as loop:
+                first = loop.index
+                last = f.least(f.add(first, a["stretch"]), end)
+                with f.loop(0, panels) as panel:
+                    at = f.add(column, f.mul(panel.index, LANES))
+                    for name in self.unpack:
+                        self._scales(name, at, panel.index, first, last, table)
+                    self._operands(at, panel.index, first, last, table)
+                self._products(row, tall, column, panels, first, last, sums)
+        if self.tiles:
+            f.call("llvm.x86.tilerelease", "void")
         place = f.add(f.mul(row, a["out_stride"]), column)
         out = f.at(a["out"], f.mul(place, ITEM_BITS[self.spec.out] // 8))
         shifted = f.at(a["bias"], f.mul(column, 4))
@@ -222,27 +206,68 @@ class _Tile:
             a["alpha"],
         )
 
-    def _codes(self, row: Value, panel: Value, first: Value, last: Value, table: Value) -> None:
-        """The words of one panel, from canonical rows."""
+    def _granule(self, unit: Value) -> Value:
+        """The granule that a unit begins with."""
+        if not self.tiles:
+            return unit
+        f, a = self.function, self.a
+        segment, within = f.op("udiv", unit, a["segment"]), f.op("urem", unit, a["segment"])
+        before = f.mul(segment, a["segment_granules"])
+        return f.least(f.add(before, f.mul(within, a["unit_granules"])), a["granules"])
+
+    def _operands(self, row: Value, panel: Value, first: Value, last: Value, table: Value) -> None:
+        """Codes of one panel as the micro-kernels read them."""
+        f, a = self.function, self.a
+        begin, end = self._granule(first), self._granule(last)
+        if self.spec.layout == "rows":
+            self._codes(row, panel, begin, end, table)
+        if self.decode is None:
+            return
+
+        def decode() -> None:
+            assert self.decode is not None
+            f.run(
+                self.decode,
+                self._words(row, panel, first),
+                self._unrolled(panel),
+                f.at(self._at("zeros"), f.mul(panel, VECTOR)),
+                first,
+                last,
+                a["segment"],
+                a["granules"],
+                a["segment_granules"],
+                a["unit_granules"],
+            )
+
+        if not self.steps.plain:
+            decode()
+            return
+        with f.when(f.compare("eq", a["plain"], 0)):
+            decode()
+
+    def _codes(self, row: Value, panel: Value, begin: Value, end: Value, table: Value) -> None:
+        """The words of one panel, from canonical rows; positions count granules."""
         f, a, bits = self.function, self.a, self.spec.element.bits
         one = constant("i64", 1)
         f.run(self.row_table, a["codes"], table, a["codes_stride"], row, a["n"], one)
-        out = f.at(self._at("codes"), f.mul(f.mul(panel, a["stretch"]), VECTOR))
+        out = self._copied(panel)
         left = f.op("sub", a["n"], row)
+        first, last = (f.mul(each, self.steps.words) for each in (begin, end))
         if self.expand is None:
             stop = f.least(f.mul(last, 4), a["codes_size"])
             f.run(self.transpose, table, left, f.mul(first, 4), stop, out)
             return
-        # Words are four codes here, and a stretch begins with a group of eight codes.
+        # Words are four codes here; groups of eight codes fill whole bytes, so an odd first word
+        # is brought along.
         start = f.mul(f.op("lshr", first, 1), bits)
         stop = f.least(f.mul(f.over(last, 2), bits), a["codes_size"])
-        lines, stride = self._at("lines"), f.mul(f.add(a["stretch"], 1), 4)
+        lines, stride = self._at("lines"), f.mul(f.add(a["stretch_words"], 4), 4)
         with f.loop(0, PANEL) as loop:
             place = f.at(table, f.mul(loop.index, 8))
             line = f.at(lines, f.mul(loop.index, stride))
             source = f.load("ptr", place, 8)
             f.run(self.expand, source, start, stop, a["codes_size"], line)
-            f.store(line, place, 8)
+            f.store(f.at(line, f.mul(f.op("and", first, 1), 4)), place, 8)
         size = f.mul(f.op("sub", last, first), 4)
         f.run(self.transpose, table, left, constant("i64", 0), size, out)
 
@@ -256,7 +281,7 @@ class _Tile:
         end = f.over(stop, a["block_segments"])
         size = item_bits(self._blocks()[name]) // 8
         if self.spec.scale_layout == "panels16":
-            blocks = f.over(f.over(a["words"], a["segment"]), a["block_segments"])
+            blocks = f.over(f.over(a["total"], a["segment"]), a["block_segments"])
             place = f.mul(f.mul(f.op("udiv", row, LANES), blocks), LANES * size)
             source = f.at(a[name], place)
         else:
@@ -286,46 +311,39 @@ class _Tile:
         first: Value,
         last: Value,
         sums: Value,
-        table: Value,
     ) -> None:
-        """All rows times all panels of the stretch, the tallest micro-kernel first."""
+        """All rows times all panels of the stretch, the tallest micro-kernel first.
+
+        Rows are the inner loop: what a kernel reads of w stays in the nearest cache.
+        """
         f, a = self.function, self.a
         done = constant("i64", 0)
         for shape, kernel in self.kernels:
             some = f.mul(f.op("udiv", f.op("sub", rows, done), shape.rows), shape.rows)
             end = f.add(done, some)
-            with f.loop(done, end, shape.rows) as part:
-                at = f.add(row, part.index)
-                x = f.at(a["x"], f.mul(at, a["x_stride"]))
-                if shape.packed:
-                    x = self._x(x, first, last, shape.rows, table)
-                with f.loop(0, panels, shape.panels) as panel:
+            with f.loop(0, panels, shape.panels) as panel:
+                codes = self._panels(shape, column, panel.index, first)
+                blocks = self._blocks_of(panel.index)
+                with f.loop(done, end, shape.rows) as part:
+                    at = f.add(row, part.index)
                     place = f.add(f.mul(part.index, ROW), f.mul(panel.index, VECTOR))
                     f.run(
                         kernel,
-                        x,
+                        f.at(a["x"], f.mul(at, a["x_stride"])),
                         a["x_stride"],
-                        *self._panels(shape, column, panel.index, first),
+                        *codes,
                         f.at(sums, place),
                         f.at(self._at("carry"), place),
-                        *self._blocks_of(panel.index),
+                        self._at("stage"),
+                        *blocks,
                         *self._of_x(at),
                         first,
                         last,
-                        a["words"],
+                        a["total"],
                         a["segment"],
+                        a["tile"],
                     )
             done = end
-
-    def _x(self, x: Value, first: Value, last: Value, rows: int, table: Value) -> Value:
-        """Some rows of x as words16."""
-        f, out = self.function, self._at("x")
-        count, one = constant("i64", rows), constant("i64", 1)
-        size = 4 * word_steps(self.spec, self.module.isa)
-        start = constant("i64", 0)
-        f.run(self.row_table, x, table, self.a["x_stride"], start, count, one)
-        f.run(self.transpose, table, count, f.mul(first, size), f.mul(last, size), out)
-        return out
 
     def _blocks_of(self, panel: Value) -> list[Value]:
         f, across = self.function, self.function.mul(panel, VECTOR)
@@ -344,15 +362,39 @@ class _Tile:
         ]
 
     def _panels(self, shape: Shape, column: Value, panel: Value, first: Value) -> list[Value]:
-        add = self.function.add
-        return [self._panel(column, add(panel, p), first) for p in range(shape.panels)]
+        f = self.function
+        found = []
+        for p in range(shape.panels):
+            number = f.add(panel, p)
+            row = f.add(column, f.mul(number, LANES))
+            if self.decode is None:
+                found.append(self._words(row, number, first))
+                continue
+            place = self._unrolled(number)
+            if self.steps.plain:
+                words = self._words(row, number, first)
+                place = f.select(f.compare("eq", self.a["plain"], 0), place, words)
+            found.append(place)
+        return found
 
-    def _panel(self, column: Value, panel: Value, first: Value) -> Value:
-        """Where the words of a panel stand, from `first` on."""
+    def _copied(self, panel: Value) -> Value:
+        """Scratch for the words of a panel of canonical rows."""
+        f = self.function
+        return f.at(self._at("codes"), f.mul(f.mul(panel, self.a["stretch_words"]), VECTOR))
+
+    def _unrolled(self, panel: Value) -> Value:
+        """Scratch for the operands of a panel."""
+        f, a = self.function, self.a
+        steps = f.mul(f.mul(a["stretch"], a["unit_granules"]), self.steps.count)
+        return f.at(self._at("operands"), f.mul(f.mul(panel, steps), VECTOR))
+
+    def _words(self, row: Value, panel: Value, first: Value) -> Value:
+        """Where the words of a panel stand, from unit `first` on."""
         f, a = self.function, self.a
         if self.spec.layout == "rows":
-            return f.at(self._at("codes"), f.mul(f.mul(panel, a["stretch"]), VECTOR))
+            return self._copied(panel)
         # Columns beyond the last panel repeat it; nothing is stored for them.
         final = f.op("sub", f.over(a["n"], LANES), 1)
-        number = f.least(f.add(f.op("udiv", column, LANES), panel), final)
-        return f.at(a["codes"], f.mul(f.add(f.mul(number, a["words"]), first), VECTOR))
+        number = f.least(f.op("udiv", row, LANES), final)
+        granule = f.add(f.mul(number, a["granules"]), self._granule(first))
+        return f.at(a["codes"], f.mul(granule, self.steps.words * VECTOR))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowbit.formats.declare import FLOATS, Element
-from lowbit.kernels.layouts import WIDTHS
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 LAYOUTS = ("rows", "words16")
 SCALE_LAYOUTS = ("rows", "panels16")
 INTEGERS = ("int8", "uint8")
+INNERS = ("fma", "bf16", "dot")
+METHODS = ("direct", "decoded", "tiles")
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,12 @@ class Spec:
     """One class of products: out = epilogue(sum over k of x[m, k] * w[n, k])."""
 
     inner: str
-    """"fma": x is float32. "dot": x is int8 and w an element of whole numbers."""
+    """"fma": x is float32. "bf16": x is bfloat16. "dot": x is int8, w has whole numbers."""
     element: Element
     """Of w."""
+    method: str = "direct"
+    """How often a code is decoded: "direct" for every few rows of x, in registers; "decoded"
+    once for all rows, into scratch; "tiles" likewise, for the matrix registers of AMX."""
     layout: str = "rows"
     """Of w's codes."""
     scale: Element | str = "float32"
@@ -39,7 +43,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         legal = {
-            "inner": ("fma", "dot"),
+            "inner": INNERS,
+            "method": METHODS,
             "layout": LAYOUTS,
             "scale_layout": SCALE_LAYOUTS,
             "zero": (None, *INTEGERS, *FLOATS),
@@ -52,5 +57,5 @@ class Spec:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {names}")
         if isinstance(self.scale, str) and self.scale not in FLOATS:
             raise ValueError(f"scale: {self.scale!r} is neither an element nor one of {FLOATS}")
-        if self.layout == "words16" and self.element.bits not in WIDTHS:
-            raise ValueError(f"layout: words16 has codes of {WIDTHS} bits, not {self.element.bits}")
+        if self.method == "tiles" and self.inner == "fma":
+            raise ValueError("method: tiles multiply int8 and bfloat16, not float32")

@@ -16,7 +16,9 @@ smallest subnormal number; h is 0 unless the result is subnormal. A product x_k 
     U = (1 + gamma) eta / 2 (|A| sum (|sx sw| + |sx| + 2) + P's own S + 2)
 
 where U lets every operation underflow: an error made in g is still multiplied by the scales, one
-made in A meets the whole sum. Then activations of Lipschitz constant L, computed within
+made in A meets the whole sum. Where w's values are rounded to a narrower type first, by d_w of
+them, 1 + gamma becomes (1 + gamma)(1 + d_w); where an instruction takes subnormal numbers for
+zero, eta / 2 is the most that a product then loses. Then activations of Lipschitz constant L, computed within
 (relative, absolute) errors (r, t), and the residual's conversion and addition give
 
     e' = L e + r (|f| + L e) + t,    e'' = e' + u (|f| + e' + 2 |residual|) + eta
@@ -290,8 +292,9 @@ def _bounded(
     residual: Array | None,
 ) -> Exact:
     inner, outer = path.inner, path.outer
-    u, eta = unit(inner.accumulator), smallest(inner.accumulator)
+    eta = max(smallest(inner.accumulator), 2 * inner.flushed)
     growth = gamma(inner.count + path.apart, inner.accumulator)
+    growth += inner.weight * (1 + growth)
     addend = np.zeros(()) if bias is None else bias.astype(np.float64)
     # The sum before and after alpha: a kernel multiplies both factors first, or rounds between.
     factors = [abs(alpha) * found.tensor_scale]
@@ -331,4 +334,4 @@ def _bounded(
     lost = lost | (whole & (np.abs(value) + error >= largest(outer.accumulator)))
     error = np.where(lost, np.inf, np.where(whole, error, 0.0))
     vanished = any(np.any((f > 0) & (f < smallest(inner.accumulator))) for f in factors)
-    return Exact(value, error, path.dtype, not found.biased and not vanished)
+    return Exact(value, error, path.dtype, not found.biased and not vanished and not inner.flushed)

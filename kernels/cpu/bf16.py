@@ -1,0 +1,122 @@
+"""bfloat16 x times weights of any element: pairs multiplied and summed in float32 by one instruction.
+
+Elements of up to 8 significant bits, integer zero points taken off, are bfloat16 numbers. Values of
+other tables are rounded to bfloat16 first, which the error bound counts.
+
+vdpbf16ps and tdpbf16ps round to nearest, and take subnormal numbers, in and out, for zero (Intel,
+Architecture Instruction Set Extensions Programming Reference).
+"""
+
+from __future__ import annotations
+
+import math
+
+from lowbit.formats import Format
+from lowbit.kernels.cpu import gemm, operands, product
+from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
+from lowbit.kernels.cpu.steps import narrowed
+from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
+
+_SMALLEST = 2.0**-126  # below it the instructions see zero
+
+
+def _spec(p: Problem) -> gemm.Spec:
+    fmt = p.w
+    panels = p.layout == "words16" and fmt.scale.block[0] == 1
+    few = p.m <= operands.FEW
+    method = "direct" if few else "decoded"
+    # Tiles sum in an order of their own, so every m takes them where bits must not depend on it.
+    if operands.isa_of(p).amx and (p.batch_invariant or not few):
+        method = "tiles"
+    return gemm.Spec(
+        inner="bf16",
+        method=method,
+        element=fmt.element,
+        layout=p.layout,
+        scale=operands.scale_kind(fmt),
+        scale_layout="panels16" if panels else "rows",
+        zero=operands.zero_kind(fmt),
+        biases=fmt.bias,
+        x_scale=isinstance(p.x, Format),
+        activation=p.activation,
+        out=p.out,
+        residual=p.residual,
+    )
+
+
+def _accepts(p: Problem) -> str | None:
+    if not operands.isa_of(p).bf16:
+        return "this machine does not multiply bfloat16"
+    refusal = _refuse_x(p)
+    if refusal is not None:
+        return refusal
+    if p.w.bias and p.w.tensor_scale:
+        return f"multiplies block biases by the tensor scale, {p.w.name} does not mean that"
+    if isinstance(p.w.zero, str):
+        return f"float zero points do not leave bfloat16 numbers, {p.w.name} has them"
+    if p.w.zero is not None and not p.w.element.integral:
+        return f"zero points are taken off whole numbers only, got {p.w.name}"
+    for value in p.w.element.values:
+        if math.isinf(value) or 0 < abs(value) < _SMALLEST:
+            return f"{p.w.element.name} has {value:g}, which the instruction would lose"
+    return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
+
+
+def _refuse_x(p: Problem) -> str | None:
+    if isinstance(p.x, str):
+        return None if p.x == "bfloat16" else f"wants bfloat16 for x, got {p.x}"
+    if p.x.bias:
+        return f"reads x without block biases, {p.x.name} has them"
+    if p.x.element.integral and p.w.element.integral:
+        return "sums of whole numbers have to be exact, float32 sums are not"
+    if isinstance(p.x.zero, str) or narrowed(p.x.element) is not p.x.element:
+        return f"the values of {p.x.name} are no bfloat16 numbers"
+    if any(math.isinf(v) or 0 < abs(v) < _SMALLEST for v in p.x.element.values):
+        return f"{p.x.element.name} has values which the instruction would lose"
+    return None
+
+
+def _cost(p: Problem) -> float:
+    isa = operands.isa_of(p)
+    tiles = isa.amx and (p.batch_invariant or p.m > operands.FEW)
+    rate = (400e9 if tiles else 4e9 * isa.lanes) * min(p.threads, 64)
+    rows = max(p.m, 16) if tiles else p.m
+    decoding = 1.5e-10 * p.n * p.k / min(p.threads, 64) if tiles else 0.0
+    return 10e-6 + operands.packing_seconds(p) + decoding + rows * p.n * p.k / rate
+
+
+def _build(p: Problem) -> Bind:
+    return product.bind(p, _spec(p), operands.segment_of(p))
+
+
+def _roundings(p: Problem) -> Roundings:
+    segment = operands.segment_of(p)
+    segments = -(-p.k // segment)
+    # One rounding each column, and in a tile two more for joining its even and odd columns; then
+    # one fma each segment, and as for fma.
+    count = segment + 2 + segments * (1 + p.w.bias) + 1 + p.w.bias
+    exact = narrowed(p.w.element) is p.w.element
+    largest = max(abs(p.w.element.max), abs(p.w.element.min), 1.0)
+    if p.w.zero is not None:
+        largest += 256
+    return Roundings(
+        "float32",
+        count + operands.FINAL_ROUNDINGS,
+        "pairs of bfloat16 in the instruction's order, then segments ascending by fma",
+        ACTIVATION_ERROR[p.activation],
+        weight=0.0 if exact else 2.0**-8,
+        flushed=_SMALLEST * largest,
+    )
+
+
+KERNELS = (
+    Kernel(
+        "matmul.cpu.bf16",
+        "cpu",
+        accepts=_accepts,
+        cost=_cost,
+        build=_build,
+        roundings=_roundings,
+        layouts=("rows", "words16"),
+    ),
+)
