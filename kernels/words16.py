@@ -33,14 +33,6 @@ class Words16:
     biases: Array | None = None
     tensor_scale: Array | None = None
 
-    @staticmethod
-    def refusal(parts: Packed) -> str | None:
-        """Why a format has no such arrangement, or None."""
-        bits = parts.format.element.bits
-        if bits not in layouts.WIDTHS:
-            return f"{bits}-bit codes do not fill 32-bit words evenly"
-        return None
-
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""
@@ -49,9 +41,10 @@ class Words16:
     @classmethod
     def of(cls, parts: Packed) -> Words16:
         """Rearrange canonical parts."""
-        bits = parts.format.element.bits
+        from lowbit.kernels.cpu import packing  # the code generator comes with the first use
+
         single = parts.format.scale.block[0] == 1
-        codes = _each(parts.codes, lambda c: layouts.words16(c, bits))
+        codes = packing.words16(parts.codes, parts.format.element.bits, parts.shape[-1])
         scales, zeros, biases = (
             p if p is None else _each(p, layouts.panels16) if single else np.ascontiguousarray(p)
             for p in (parts.scales, parts.zeros, parts.biases)
@@ -61,9 +54,11 @@ class Words16:
 
     def rows(self) -> Packed:
         """Restore the canonical parts, bit for bit."""
+        from lowbit.kernels.cpu import packing
+
         fmt, (rows, columns) = self.format, self.matrix
         single = fmt.scale.block[0] == 1
-        codes = _each(self.codes, lambda c: layouts.rows(c, rows, fmt.row_bytes(columns)), 3)
+        codes = packing.rows(self.codes, rows, fmt.element.bits, columns)
         scales, zeros, biases = (
             p if p is None or not single else _each(p, lambda a: layouts.unpanel16(a, rows), 3)
             for p in (self.scales, self.zeros, self.biases)
