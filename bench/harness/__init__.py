@@ -1,0 +1,1 @@
+"""What runs, checks, times and judges the contenders of `bench/cpu.py`."""

@@ -1,0 +1,140 @@
+"""Whether rows reach the targets of their group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from harness.records import OURS, Beside, Entrant, Faster, Reaches, Row, Target
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Measured limits of this machine for a number of threads, per second."""
+
+    threads: int
+    read: float
+    """Bytes read from memory."""
+    copy: float
+    """Bytes read plus bytes written."""
+    operations: Mapping[str, float]
+    """Multiplications and additions of fma, vnni, bf16, amx_int8, amx_bf16: what there is."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target at one point."""
+
+    row: Row
+    against: str
+    """In words what it is compared with."""
+    ratio: float
+    wanted: float
+    enough: str = ""
+    """Why it is met although the ratio is less."""
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached."""
+        return bool(self.enough) or self.ratio >= self.wanted
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        row = self.row
+        return {
+            "section": row.section,
+            "work": asdict(row.work),
+            "m": row.m,
+            "against": self.against,
+            "ratio": self.ratio,
+            "wanted": self.wanted,
+            "enough": self.enough,
+            "met": self.met,
+        }
+
+
+def read_share(row: Row, roofs: Roofs) -> float:
+    """Weights read a second over what the memory gives."""
+    return row.weight_bytes / row.seconds / roofs.read
+
+
+def operation_share(row: Row, roof: str, roofs: Roofs) -> float:
+    """Operations a second over a peak; NaN where this machine has none such."""
+    return row.operations / row.seconds / roofs.operations.get(roof, math.nan)
+
+
+def judge(
+    targets: Iterable[Target], rows: Iterable[Row], roofs: Mapping[int, Roofs]
+) -> list[Verdict]:
+    """Verdicts wherever both sides were timed.
+
+    Parameters
+    ----------
+    targets : iterable of Target
+    rows : iterable of Row
+        Of one section.
+    roofs : mapping
+        Number of threads to roofs.
+    """
+    timed = [row for row in rows if row.times]
+    verdicts: list[Verdict] = []
+    for target in targets:
+        if isinstance(target, Beside):
+            verdicts += _beside(target, timed)
+            continue
+        for row in timed:
+            if row.name.partition(".")[0] == OURS and target.first <= row.m <= target.last:
+                if isinstance(target, Faster):
+                    verdicts += _faster(target, row, timed, roofs[row.threads])
+                else:
+                    verdicts += _reaches(target, row, roofs[row.threads])
+    return verdicts
+
+
+def _faster(target: Faster, row: Row, timed: list[Row], roofs: Roofs) -> Iterable[Verdict]:
+    for other in timed:
+        same = (other.name, other.m, other.threads) == (target.peer, row.m, row.threads)
+        if same and other.work == row.work:
+            ratio, enough = other.seconds / row.seconds, ""
+            if ratio < target.factor and target.bandwidth is not None:
+                share = read_share(row, roofs)
+                if share >= target.bandwidth:
+                    enough = f"{share:.0%} of the read bandwidth"
+            yield Verdict(row, target.peer, ratio, target.factor, enough)
+
+
+def _reaches(target: Reaches, row: Row, roofs: Roofs) -> Iterable[Verdict]:
+    if target.roof == "read":
+        share = read_share(row, roofs)
+    elif target.roof == "copy":
+        share = row.moved / row.seconds / roofs.copy
+    else:
+        share = operation_share(row, target.roof, roofs)
+    if not math.isnan(share):
+        yield Verdict(row, f"{target.roof} roof", share, target.share)
+
+
+def _beside(target: Beside, timed: list[Row]) -> Iterable[Verdict]:
+    row = _find(target.entrant, target.m, timed)
+    other = _find(target.other, target.other_m, timed)
+    if row is None or other is None:
+        return
+    units = {
+        "call": 1.0,
+        "byte": row.weight_bytes / other.weight_bytes,
+        "operation": row.operations / other.operations,
+    }
+    ratio = other.seconds / row.seconds * units[target.per]
+    m = "" if target.m == target.other_m else f" M={target.other_m}"
+    threads = "" if row.threads == other.threads else f" {other.threads} thread"
+    yield Verdict(row, f"{other.work}{m}{threads}, a {target.per}", ratio, target.least)
+
+
+def _find(entrant: Entrant, m: int, timed: list[Row]) -> Row | None:
+    for row in timed:
+        if (row.name, row.work, row.m) == (entrant.name, entrant.work, m):
+            if entrant.threads in (0, row.threads):
+                return row
+    return None
