@@ -32,29 +32,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.formats.declare import Element
-
 Array = npt.NDArray[Any]
 
 PANEL = 16  # rows of w side by side
 GROUP = 4  # panels that one tile of a kernel works on
 WIDTHS = (1, 2, 4, 8)  # bits of a code that fill a word exactly
-
-
-def word_bits(element: Element) -> int:
-    """Bits that a code has in a word: its own, or a byte where 32 is no multiple of them."""
-    return element.bits if element.bits in WIDTHS else 8
-
-
-def codes_per_word(element: Element) -> int:
-    """Codes of a 32-bit word."""
-    return 32 // word_bits(element)
-
-
-def word_columns(element: Element, k: int) -> int:
-    """`k` rounded up to whole words: the length that rows of x are padded to, with zeros."""
-    step = codes_per_word(element)
-    return -(-k // step) * step
 
 
 def planes(bits: int) -> tuple[int, ...]:

@@ -33,6 +33,17 @@ class Words16:
     biases: Array | None = None
     tensor_scale: Array | None = None
 
+    @staticmethod
+    def suits(parts: Packed) -> bool:
+        """Whether compiled kernels read it: they decode whole granules, of one scale.
+
+        A code of a width that fills words evenly has the same granule in canonical rows.
+        """
+        bits, block = parts.format.element.bits, parts.format.scale.block[1]
+        if bits in layouts.WIDTHS or block is None or block >= parts.shape[-1]:
+            return True
+        return block % layouts.granule(bits) == 0
+
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""

@@ -291,12 +291,12 @@ class QArray(Refusals):
         """Return the array in the arrangement that compiled kernels like best.
 
         The codes are held *instead of* the canonical ones (`nbytes` tells the truth); every
-        operation still works, and `codes` restores the canonical bytes exactly. A format with no
-        such arrangement comes back as it is.
+        operation still works, and `codes` restores the canonical bytes exactly. An array whose
+        rows suit the kernels better comes back as it is.
         """
-        if self.format.element.bits in (3, 5, 6, 7):
-            return self  # no kernel reads planes yet
-        return self._with(Words16.of(self._parts)) if isinstance(self._parts, Packed) else self
+        if isinstance(self._parts, Packed) and Words16.suits(self._parts):
+            return self._with(Words16.of(self._parts))
+        return self
 
     # Shape
 

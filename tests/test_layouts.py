@@ -249,6 +249,33 @@ def test_the_parts_of_every_format_come_back(name: str, shape: tuple[int, ...]) 
     assert held.codes.nbytes == np.prod(shape[:-2], dtype=int) * rows * columns * bits // 8
 
 
+@pytest.mark.parametrize(
+    ("name", "k", "layout"),
+    [
+        ("int3_g32", 96, "words16"),
+        ("int3_g32", 100, "words16"),
+        ("int3_g48", 96, "rows"),
+        ("int3_g16", 96, "rows"),
+        ("int3_g16", 16, "words16"),
+        ("int6_g16", 96, "words16"),
+        ("int6_g8", 96, "rows"),
+        ("int7_row", 96, "words16"),
+        ("int5_4x32", 96, "words16"),
+        ("int4_g4", 96, "words16"),
+    ],
+)
+def test_planes_are_prepared_where_no_scale_changes_within_a_granule(
+    name: str, k: int, layout: str
+) -> None:
+    x = np.random.default_rng(2).uniform(-1, 1, (3, k)).astype(np.float32)
+    w = lb.quantize(x, name)
+    held = w.prepare()
+    assert held.layout == layout
+    assert (held.codes == w.codes).all()
+    slow = [lb.explain(x, each.T).kernel == "reference" for each in (w, held)]
+    assert slow[0] == slow[1]
+
+
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     n, bits, k = 200, 5, 900
     canonical = stream(n, bits, k, 0)
