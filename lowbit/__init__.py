@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from lowbit.explaining import Explanation as Explanation
     from lowbit.explaining import explain as explain
     from lowbit.formats import Format as Format
+    from lowbit.grouped import grouped_matmul as grouped_matmul
     from lowbit.kernels.cpu.pool import get_num_threads as get_num_threads
     from lowbit.kernels.cpu.pool import set_num_threads as set_num_threads
+    from lowbit.plans import plan as plan
     from lowbit.products import linear as linear
     from lowbit.products import matmul as matmul
     from lowbit.quantizing import codebook as codebook
@@ -47,8 +49,10 @@ _HOMES = {
     "format": "quantizing",
     "from_parts": "quantizing",
     "get_num_threads": "kernels.cpu.pool",
+    "grouped_matmul": "grouped",
     "linear": "products",
     "matmul": "products",
+    "plan": "plans",
     "quantize": "quantizing",
     "set_num_threads": "kernels.cpu.pool",
     "stack": "shaping",

@@ -1,41 +1,42 @@
-"""From two operands to a kernel: orientation, leading axes, the stated problem, bound kernels."""
+"""From two operands to the problem that kernels are asked: orientation, leading axes, dtypes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import interop, kernels
+from lowbit import kernels
 from lowbit.array import QArray
-from lowbit.formats import Format, reference
-from lowbit.formats.codes import rounded
-from lowbit.formats.reference import Packed
-from lowbit.kernels import Epilogue, Problem, Run, Verdict
-from lowbit.kernels.cpu import isa, operands, pool
-from lowbit.kernels.reference import finish
-from lowbit.kernels.words16 import Words16
+from lowbit.formats import Format
+from lowbit.kernels import Problem, Verdict
+from lowbit.kernels.cpu import isa, pool
 
 Array = npt.NDArray[Any]
+Operand = Array | QArray
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a call asks for beyond its operands."""
+class Options(NamedTuple):
+    """What a call asks for beyond its operands' values; part of the key of a bound product."""
 
     out_dtype: np.dtype[Any] | None = None
     activation: str | None = None
     batch_invariant: bool = False
     kernel: str | None = None
+    bias: bool = False
+    residual: np.dtype[Any] | None = None
+    """dtype in which it comes."""
+    x_format: Format | None = None
+    """To quantize a dense x to."""
 
 
 PLAIN = Options()
 REARRANGED = "permuted or divided columns that x cannot undo; the reference takes the values"
-_MOST_PLANS = 64  # of one weight: as many row counts and options as are remembered
+EACH = "every matrix of the stack by itself"
 
 
 @cache
@@ -44,43 +45,156 @@ def device() -> str:
     return f"cpu:{isa.host().name}"
 
 
-def weight_right(
-    left: Array | QArray, w: QArray, after: Epilogue, out: Array, options: Options
-) -> None:
-    """The weight is on the right: the kernels' own orientation."""
-    if rearranged(left) or rearranged(w):
-        _exact(left, w, after, out, options)
-        return
-    parts = w._parts
-    stacked = isinstance(left, QArray) and left.ndim > 2 and len(parts.shape) == 2
-    if stacked and isinstance(left, QArray) and not left._transposed and flattens(left.format):
-        rows, columns = math.prod(out.shape[:-1]), out.shape[-1]
-        left, after = left.reshape(rows, left.shape[-1]), _flat(after, rows, columns)
-        out = out.reshape(rows, columns)
-    x_along = not (isinstance(left, QArray) and left._transposed)
-    x: Any = left._rows() if isinstance(left, QArray) else left
-    if len(parts.shape) == 2:
-        rows, columns = out.shape[-2:]
-        if len(x.shape) > 2 and not isinstance(left, QArray):
-            rows = math.prod(out.shape[:-1])
-            x = x.reshape(rows, x.shape[-1])
-            after = _flat(after, rows, columns)
-            out = out.reshape(rows, columns)
-        if len(x.shape) == 2:
-            plans = w._content.plans
-            _matrix(x, x_along, parts, w._transposed, after, out, options, plans)
-            return
-    for index in np.ndindex(out.shape[:-2]):
-        _matrix(
-            _lead(x, index),
-            x_along,
-            _lead(parts, index),
-            w._transposed,
-            _at(after, index),
-            out[index],
-            options,
-            {},
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """A product before any kernel is chosen: the problem of one matrix, and how many of them."""
+
+    problem: Problem
+    shape: tuple[int, ...]
+    """Of the result, with the axes that one-dimensional operands lack."""
+    dropped: tuple[bool, bool]
+    """Whether the axes of rows and of columns go away in the end."""
+    dtype: np.dtype[Any]
+    turned: bool = False
+    """The weight is on the left: kernels compute the transpose, the epilogue follows."""
+    exact: bool = False
+    """No kernel describes it: the reference multiplies float64 values."""
+    adapted: bool = False
+    """x is divided and permuted first, as the weight's columns ask."""
+    flat: bool = False
+    """All rows of x are those of one matrix."""
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Shape of the result; `shape` itself where nothing is dropped."""
+        rows, columns = self.dropped
+        if not rows and not columns:
+            return self.shape
+        last = [self.shape[-2:][i] for i, gone in enumerate((rows, columns)) if not gone]
+        return (*self.shape[:-2], *last)
+
+    @property
+    def note(self) -> str:
+        """What `explain` adds in words."""
+        if self.turned:
+            return "computed as the transpose of w.T @ x.T"
+        if self.adapted:
+            return "x is divided and permuted first, as the weight's columns ask"
+        return "" if self.flat else EACH
+
+
+def state(left: Operand, right: Operand, options: Options) -> Stated:
+    """Describe left @ right; of the operands, one a QArray, no value is looked at."""
+    rows = left.shape if left.ndim > 1 else (1, *left.shape)
+    columns = right.shape if right.ndim > 1 else (*right.shape, 1)
+    if rows[-1] != columns[-2]:
+        remedy = ""
+        if rows[-1] == columns[-1]:
+            remedy = ". A weight stored as (N, K) comes in as w.T, or use lowbit.linear"
+        raise ValueError(
+            f"matmul: x has {rows[-1]} columns, w has {columns[-2]} rows; shapes "
+            f"{left.shape} and {right.shape}{remedy}"
         )
+    try:
+        lead = np.broadcast_shapes(rows[:-2], columns[:-2])
+    except ValueError:
+        raise ValueError(
+            f"matmul: leading axes {rows[:-2]} and {columns[:-2]} do not broadcast"
+        ) from None
+    shape = (*lead, rows[-2], columns[-1])
+    dtype = options.out_dtype or promoted(left.dtype, right.dtype)
+    dropped = left.ndim == 1, right.ndim == 1
+    if isinstance(right, QArray):
+        return _state_right(left, right, shape, dropped, dtype, options)
+    assert isinstance(left, QArray)
+    along = left._vector or not left._transposed
+    plain = Options(batch_invariant=options.batch_invariant)
+    problem = _problem(shape[-1], rows[-1], right.dtype.name, left, along, plain, "float32")
+    problem = replace(problem, out=sum_dtype(problem, options.kernel).name)
+    exact = rearranged(left)
+    return Stated(problem, shape, dropped, dtype, turned=True, exact=exact, flat=len(shape) == 2)
+
+
+def _state_right(
+    left: Operand,
+    w: QArray,
+    shape: tuple[int, ...],
+    dropped: tuple[bool, bool],
+    dtype: np.dtype[Any],
+    options: Options,
+) -> Stated:
+    """The weight is on the right: the kernels' own orientation."""
+    kind: Format | str
+    adapted, along = False, True
+    if isinstance(left, QArray):
+        kind, along = left.format, left._vector or not left._transposed
+    else:
+        adapted = rearranged(w) and w._transposed
+        kind = options.x_format or adapted_dtype(left.dtype, w if adapted else None).name
+    matrices = left.ndim < 3 or isinstance(kind, str) or (along and flattens(kind))
+    flat = len(w._parts.shape) == 2 and matrices
+    rows = math.prod(shape[:-1]) if flat else shape[-2]
+    problem = _problem(
+        rows, left.shape[-1], kind, w, w._transposed or w._vector, options, dtype.name, along
+    )
+    exact = rearranged(left) or (rearranged(w) and not adapted)
+    return Stated(problem, shape, dropped, dtype, exact=exact, adapted=adapted, flat=flat)
+
+
+def _problem(
+    m: int,
+    k: int,
+    kind: Format | str,
+    w: QArray,
+    w_along: bool,
+    options: Options,
+    out: str,
+    x_along: bool = True,
+) -> Problem:
+    rows, columns = w._parts.shape[-2:]
+    residual = None
+    if options.residual is not None:
+        residual = residual_dtype(options.residual, out).name
+    return Problem(
+        m,
+        rows if w_along else columns,
+        k,
+        kind,
+        w.format,
+        out,
+        bias=options.bias,
+        activation=options.activation,
+        residual=residual,
+        x_along=x_along,
+        w_along=w_along,
+        layout=w.layout if w_along else "rows",
+        batch_invariant=options.batch_invariant,
+        device=device(),
+        threads=pool.get_num_threads(),
+    )
+
+
+@cache
+def promoted(left: np.dtype[Any], right: np.dtype[Any]) -> np.dtype[Any]:
+    """NumPy's promotion; float16 with bfloat16 is float32."""
+    if left == right:
+        return left.newbyteorder("=")
+    if {left.name, right.name} == {"float16", "bfloat16"}:
+        return np.dtype(np.float32)
+    return np.promote_types(left, right).newbyteorder("=")
+
+
+def residual_dtype(residual: np.dtype[Any], out: str) -> np.dtype[Any]:
+    """What a residual is added as: its own dtype, or for integers and float64 that of the sum."""
+    if residual.kind in "iu" or residual.itemsize == 8:
+        return np.dtype(np.float64 if out == "float64" else np.float32)
+    return residual
+
+
+@lru_cache(maxsize=4096)
+def sum_dtype(stated: Problem, kernel: str | None) -> np.dtype[Any]:
+    """What the kernel of a product adds up in: the dtype to wait for an epilogue in."""
+    return np.dtype(kernels.choose(stated, kernel).kernel.roundings(stated).accumulator)
 
 
 def flattens(fmt: Format) -> bool:
@@ -88,11 +202,25 @@ def flattens(fmt: Format) -> bool:
     return fmt.scale.block[0] == 1 and not fmt.tensor_scale
 
 
-def rearranged(operand: Array | QArray) -> bool:
+def rearranged(operand: Operand) -> bool:
     """Whether a column permutation or a divisor stands between the parts and the values."""
     return isinstance(operand, QArray) and (
         operand._columns is not None or operand._divisor is not None
     )
+
+
+def adapted(x: Array, columns: Array | None, divisor: Array | None) -> Array:
+    """Move a weight's divisor and column permutation over to x, where both meet K."""
+    if divisor is not None:
+        x = x.astype(np.promote_types(x.dtype, np.float32)) / divisor
+    return x if columns is None else x[..., columns]
+
+
+def adapted_dtype(x: np.dtype[Any], w: QArray | None) -> np.dtype[Any]:
+    """Of x after `adapted`, where the weight asks for that."""
+    if w is None or w._divisor is None:
+        return x
+    return np.promote_types(x, np.float32)
 
 
 def reference_alone() -> list[Verdict]:
@@ -102,135 +230,3 @@ def reference_alone() -> list[Verdict]:
         for k in kernels.registered()
     ]
     return sorted(verdicts, key=lambda v: v.refusal is not None)
-
-
-def _exact(
-    left: Array | QArray, right: Array | QArray, after: Epilogue, out: Array, options: Options
-) -> None:
-    """A product that no kernel describes: float64 values, one rounding at the end."""
-    if options.kernel is not None:
-        kernels.pick(reference_alone(), options.kernel)
-    values = [s.dequantize(np.float64) if isinstance(s, QArray) else s for s in (left, right)]
-    out[...] = rounded(finish(reference.matmul(values[0], values[1]), after), out.dtype)
-
-
-def _flat(after: Epilogue, rows: int, columns: int) -> Epilogue:
-    if after.residual is None:
-        return after
-    flat = after.residual.reshape(rows, columns)
-    return Epilogue(after.alpha, after.bias, after.activation, flat)
-
-
-def _at(after: Epilogue, index: tuple[int, ...]) -> Epilogue:
-    if after.residual is None:
-        return after
-    return Epilogue(after.alpha, after.bias, after.activation, after.residual[index])
-
-
-def _lead(operand: Any, index: tuple[int, ...]) -> Any:
-    """One matrix of an operand whose leading axes broadcast."""
-    lead = operand.shape[:-2]
-    if not lead:
-        return operand
-    own = index[len(index) - len(lead) :]
-    own = tuple(0 if length == 1 else i for i, length in zip(own, lead, strict=True))
-    if isinstance(operand, Words16):
-        return operand[own]
-    if isinstance(operand, Packed):
-        return reference.take(operand, own, slice(0, operand.shape[-2]))
-    return operand[own]
-
-
-def weight_left(w: QArray, right: Array, after: Epilogue, out: Array, options: Options) -> None:
-    """The weight is on the left: the kernels compute the transpose, the epilogue follows."""
-    if rearranged(w):
-        _exact(w, right, after, out, options)
-        return
-    turned = right.swapaxes(-1, -2)
-    plain = Epilogue(1.0)
-    for index in np.ndindex(out.shape[:-2]):
-        x, parts, along = _lead(turned, index), _lead(w._parts, index), not w._transposed
-        wide = sum_dtype(problem(x, True, parts, along, plain, "float32", options), options.kernel)
-        product = interop.empty((out.shape[-1], out.shape[-2]), wide)
-        _matrix(x, True, parts, along, plain, product, options, {})
-        one = _at(after, index)
-        if one.alpha == 1 and one.bias is None and not one.activation and one.residual is None:
-            out[index] = rounded(product.T, out.dtype)
-        else:
-            out[index] = rounded(finish(product.T.astype(np.float64), one), out.dtype)
-
-
-@lru_cache(maxsize=4096)
-def sum_dtype(stated: Problem, kernel: str | None) -> np.dtype[Any]:
-    """What the kernel of a product adds up in: the dtype to wait for an epilogue in."""
-    return np.dtype(kernels.choose(stated, kernel).kernel.roundings(stated).accumulator)
-
-
-def problem(
-    x: Any, x_along: bool, w: Any, w_along: bool, after: Epilogue, out: str, options: Options
-) -> Problem:
-    """State a product of two matrices: w stored (N, K) where w_along, else (K, N)."""
-    stored = w.shape
-    n, k = stored if w_along else stored[::-1]
-    return Problem(
-        x.shape[0] if x_along else x.shape[1],
-        n,
-        k,
-        x.format if isinstance(x, Packed) else x.dtype.name,
-        w.format,
-        out,
-        bias=after.bias is not None,
-        activation=after.activation,
-        residual=None if after.residual is None else after.residual.dtype.name,
-        x_along=x_along,
-        w_along=w_along,
-        layout="words16" if isinstance(w, Words16) else "rows",
-        batch_invariant=options.batch_invariant,
-        device=device(),
-        threads=pool.get_num_threads(),
-    )
-
-
-def _matrix(
-    x: Any,
-    x_along: bool,
-    w: Any,
-    w_along: bool,
-    after: Epilogue,
-    out: Array,
-    options: Options,
-    plans: dict[Any, Run],
-) -> None:
-    """One product of two matrices into `out`; `plans` remembers kernels bound to this weight."""
-    if isinstance(w, Words16) and not w_along:
-        w, plans = w.rows(), {}
-    residual = after.residual
-    if residual is not None and not (
-        residual.dtype.isnative
-        and residual.flags.aligned
-        and residual.strides[-1] == residual.itemsize
-    ):
-        residual = np.ascontiguousarray(residual, residual.dtype.newbyteorder("="))
-        after = Epilogue(after.alpha, after.bias, after.activation, residual)
-    key = (
-        x.shape,
-        x.format if isinstance(x, Packed) else x.dtype,
-        x_along,
-        w_along,
-        out.dtype,
-        after.bias is None,
-        after.activation,
-        None if residual is None else residual.dtype,
-        options,
-        pool.get_num_threads(),
-    )
-    run = plans.get(key)
-    if run is None:
-        stated = problem(x, x_along, w, w_along, after, out.dtype.name, options)
-        held = operands.contiguous_parts(w)
-        run = kernels.prepared(stated, options.kernel)(held)
-        if held is w:  # else a plan would keep a copy of the weight
-            if len(plans) >= _MOST_PLANS:
-                plans.clear()
-            plans[key] = run
-    run(x, after, out)

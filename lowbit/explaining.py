@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lowbit import checks, interop
-from lowbit.array import QArray
 from lowbit.formats import Format
 from lowbit.kernels import Problem, Verdict, judge, pick
 from lowbit.kernels.cpu import machine
-from lowbit.kernels.declare import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from lowbit.dispatch import Stated
 
 
 @dataclass(frozen=True)
@@ -119,76 +117,35 @@ def explain(
     64
     """
     from lowbit import dispatch, products
-    from lowbit.kernels.cpu import pool
 
     left, right, _ = products.operands_of(x, w)
-    dtype = products.promoted(left.dtype, right.dtype)
-    note = ""
-    if isinstance(right, QArray) and not isinstance(left, QArray):
-        if dispatch.rearranged(right) and right._transposed:
-            note = "x is divided and permuted first, as the weight's columns ask"
-        left, right = products.adapt(left, right)
-    shapes = [s.shape for s in (left, right)]
-    n = 1 if len(shapes[1]) == 1 else shapes[1][-1]
-    k = shapes[0][-1]
-    if k != shapes[1][-2 if len(shapes[1]) > 1 else -1]:
+    shapes = left.shape, right.shape
+    if shapes[0][-1] != shapes[1][-2 if right.ndim > 1 else -1]:
         raise ValueError(f"explain: shapes {shapes[0]} and {shapes[1]} do not multiply")
-    if out_dtype is not None:
-        dtype = checks.float_dtype(out_dtype, "out_dtype")
-    if activation is not None:
-        checks.choice(activation, ACTIVATIONS, "activation")
-    x_kind: Format | str = left.format if isinstance(left, QArray) else left.dtype.name
-    if x_format is not None:
-        x_kind = checks.as_format(x_format, "x_format")
-        if isinstance(left, QArray):
-            products.quantized(left, x_kind, None)  # says why not
-    x_along = not (isinstance(left, QArray) and left._transposed and left.ndim > 1)
-    m = shapes[0][-2] if len(shapes[0]) > 1 else 1
-    if len(shapes[0]) > 2 and len(shapes[1]) <= 2 and isinstance(right, QArray):
-        if isinstance(x_kind, str) or (x_along and dispatch.flattens(x_kind)):
-            m = int(np.prod(shapes[0][:-1]))
-        else:
-            note = note or "every matrix of the stack by itself"
-    elif max(map(len, shapes)) > 2:
-        note = note or "every matrix of the stack by itself"
-    rest = None
-    if residual is not None:
-        given, _ = interop.to_numpy(residual, "residual")
-        rest = products.residual_dtype(given, dtype).name
-    epilogue = (bias is not None, activation, rest)
-    if isinstance(right, QArray):
-        w_kind = right.format
-        w_along, held = right._transposed or right.ndim == 1, right.layout
-    else:
-        assert isinstance(left, QArray)
-        # The kernels compute the transpose; the epilogue follows in NumPy.
-        m, n, x_kind, w_kind = n, m, right.dtype.name, left.format
-        w_along, x_along, held = x_along, True, left.layout
-        epilogue, note = (False, None, None), "computed as the transpose of w.T @ x.T"
-        dtype = np.dtype(np.float32)
-    stated = Problem(
-        m,
-        n,
-        k,
-        x_kind,
-        w_kind,
-        dtype.name,
-        bias=epilogue[0],
-        activation=epilogue[1],
-        residual=epilogue[2],
-        x_along=x_along,
-        w_along=w_along,
-        layout=held if w_along else "rows",
-        batch_invariant=batch_invariant,
-        device=dispatch.device(),
-        threads=pool.get_num_threads(),
+    options = products.options_of(
+        left,
+        None if bias is None else products.numbers(bias, "bias"),
+        activation,
+        None if residual is None else products.numbers(residual, "residual"),
+        x_format,
+        None,
+        None,
+        out_dtype,
+        batch_invariant,
+        kernel,
     )
-    if not isinstance(right, QArray):
-        stated = replace(stated, out=dispatch.sum_dtype(stated, kernel).name)
-    verdicts = judge(stated)
-    if dispatch.rearranged(left) or dispatch.rearranged(right):
+    return explained(dispatch.state(left, right, options), kernel)
+
+
+def explained(stated: Stated, kernel: str | None) -> Explanation:
+    """What the kernels say to a stated product, and which of them runs."""
+    from lowbit import dispatch
+
+    problem = stated.problem
+    verdicts = judge(problem)
+    if stated.exact:
         verdicts = [
-            replace(v, seconds=None if v.refusal else v.kernel.cost(stated))
+            replace(v, seconds=None if v.refusal else v.kernel.cost(problem))
             for v in dispatch.reference_alone()
         ]
-    return Explanation(stated, verdicts, pick(verdicts, kernel).kernel.name, note)
+    return Explanation(problem, verdicts, pick(verdicts, kernel).kernel.name, stated.note)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,16 @@ import numpy.typing as npt
 
 from lowbit import checks, interop, tracing
 from lowbit.array import QArray
-from lowbit.dispatch import PLAIN, Options, weight_left, weight_right
+from lowbit.binding import BARE, Product, find, key_of
+from lowbit.dispatch import (
+    PLAIN,
+    Options,
+    Stated,
+    adapted,
+    promoted,
+    rearranged,
+    residual_dtype,
+)
 from lowbit.formats import Format
 from lowbit.kernels import Epilogue
 from lowbit.kernels.declare import ACTIVATIONS
@@ -86,6 +93,30 @@ def matmul(
     >>> lb.matmul(np.arange(32, dtype=np.float32)[None], w.T, alpha=2, bias=np.ones(3))
     array([[1., 3., 5.]], dtype=float32)
     """
+    if (
+        type(x) is np.ndarray
+        and type(w) is QArray
+        and residual is None
+        and x_format is None
+        and x_scale is None
+        and out is None
+        and out_dtype is None
+        and batch_invariant is False
+        and kernel is None
+        and (activation is None or activation in ACTIVATIONS)
+    ):
+        # What multiplied before has passed the checks of operands below, which look at nothing
+        # but shapes, dtypes and options.
+        plain = bias is None and activation is None
+        options = PLAIN if plain else Options(activation=activation, bias=bias is not None)
+        product = w._content.plans.get(key_of(x.shape, x.dtype, w, options))
+        if product is not None:
+            after = BARE
+            if not plain or type(alpha) is not float or alpha != 1:
+                added = None if bias is None else numbers(bias, "bias")
+                factor = checks.finite_scalar(alpha, "alpha")
+                after = epilogue(factor, added, None, activation, product.stated)
+            return product(x, after)
     if tracing.active(x) or tracing.active(w):
         return tracing.matmul(
             x,
@@ -102,35 +133,31 @@ def matmul(
             kernel=kernel,
         )
     left, right, origin = operands_of(x, w)
-    options = PLAIN
-    if activation is not None or out_dtype is not None or batch_invariant or kernel is not None:
-        if activation is not None:
-            checks.choice(activation, ACTIVATIONS, "activation")
-        wanted = None if out_dtype is None else checks.float_dtype(out_dtype, "out_dtype")
-        options = Options(wanted, activation, bool(batch_invariant), kernel)
-    target = None if out is None else _target(out)
-    if target is not None:
-        native = target.dtype.newbyteorder("=")
-        if options.out_dtype not in (None, native):
-            raise ValueError(f"out has dtype {target.dtype}, out_dtype asks {options.out_dtype}")
-        options = Options(native, activation, bool(batch_invariant), kernel)
-    if isinstance(right, QArray) and not isinstance(left, QArray):
+    target = None if out is None else writable(out)
+    added = None if bias is None else numbers(bias, "bias")
+    rest = None if residual is None else numbers(residual, "residual")
+    options = options_of(
+        left, added, activation, rest, x_format, x_scale, target, out_dtype, batch_invariant, kernel
+    )
+    if x_scale is not None:
+        # Scales are not part of what is remembered, so x meets them here.
         narrow = left.dtype
-        left, right = adapt(left, right)
-        if left.dtype != narrow and options.out_dtype is None:
+        if isinstance(right, QArray) and not isinstance(left, QArray):
+            left, right = adapt(left, right)
+        assert options.x_format is not None
+        left = quantized(left, options.x_format, x_scale)
+        if options.out_dtype is None:
             # Dividing x took float32, which is nobody's business outside.
-            options = replace(options, out_dtype=promoted(narrow, right.dtype))
-    if x_format is not None:
-        left = quantized(left, checks.as_format(x_format, "x_format"), x_scale)
-    elif x_scale is not None:
-        raise ValueError("x_scale: static scales go with x_format=")
-    factor = 1.0 if type(alpha) is float and alpha == 1 else checks.finite_scalar(alpha, "alpha")
-    result = _product(left, right, factor, bias, residual, options)
+            options = options._replace(out_dtype=promoted(narrow, right.dtype))
+        options = options._replace(x_format=None)
+    product = find(left, right, options)
+    factor = checks.finite_scalar(alpha, "alpha")
+    after = epilogue(factor, added, rest, activation, product.stated)
+    varied = left if isinstance(right, QArray) else right
     if target is None:
-        return interop.from_numpy(result, origin)
-    if target.shape != result.shape:
-        raise ValueError(f"out: want shape {result.shape}, got {target.shape}")
-    target[...] = result
+        return interop.from_numpy(product(varied, after), origin)
+    fits(target, product)
+    product.into(target, varied, after)
     interop.written(out)
     return out
 
@@ -186,149 +213,118 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
     return sides[0], sides[1], origin
 
 
-def _target(out: Any) -> Array:
+def options_of(
+    x: Array | QArray,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    x_format: Any,
+    x_scale: Any,
+    target: Array | None,
+    out_dtype: Any,
+    batch_invariant: bool,
+    kernel: str | None,
+) -> Options:
+    """What a call asks for, checked."""
+    if activation is not None:
+        checks.choice(activation, ACTIVATIONS, "activation")
+    wanted = None if out_dtype is None else checks.float_dtype(out_dtype, "out_dtype")
+    if target is not None:
+        native = target.dtype.newbyteorder("=")
+        if wanted not in (None, native):
+            raise ValueError(f"out has dtype {target.dtype}, out_dtype asks {wanted}")
+        wanted = native
+    fmt = None
+    if x_format is not None:
+        fmt = checks.as_format(x_format, "x_format")
+        dense(x)
+    elif x_scale is not None:
+        raise ValueError("x_scale: static scales go with x_format=")
+    return Options(
+        wanted,
+        activation,
+        bool(batch_invariant),
+        kernel,
+        bias is not None,
+        None if residual is None else residual.dtype,
+        fmt,
+    )
+
+
+def numbers(given: Any, argument: str) -> Array:
+    """A bias or a residual: floating-point numbers, or integers."""
+    array, _ = interop.to_numpy(given, argument)
+    if array.dtype.kind not in "iu":
+        checks.floating(array, argument)
+    return array
+
+
+def writable(out: Any, *, kept: bool = False) -> Array:
+    """Where results are to go; `kept` as `interop.to_numpy` has it."""
     if not isinstance(out, np.ndarray) and not hasattr(type(out), "__dlpack__"):
         raise TypeError(f"out: want an array to write into, got {type(out).__name__}")
-    array, _ = interop.to_numpy(out, "out")
+    array, _ = interop.to_numpy(out, "out", kept=kept)
     checks.floating(array, "out")
     if not array.flags.writeable:
         raise ValueError("out: the array is read-only")
     return array
 
 
+def fits(target: Array, product: Product) -> None:
+    """Refuse an out of another shape than the result's."""
+    if target.shape != product.kept:
+        raise ValueError(f"out: want shape {product.kept}, got {target.shape}")
+
+
+def dense(x: Array | QArray) -> Array:
+    """An x that can be quantized on the way in."""
+    if isinstance(x, QArray):
+        raise TypeError(f"x_format: x is quantized already, as {x.format.name}; leave x_format out")
+    return x
+
+
 def quantized(left: Array | QArray, fmt: Format, scale: Any) -> QArray:
     """The left operand in the format that `x_format` asks for."""
-    if isinstance(left, QArray):
-        raise TypeError(
-            f"x_format: x is quantized already, as {left.format.name}; leave x_format out"
-        )
-    return quantize(left, fmt, scale=scale)
+    return quantize(dense(left), fmt, scale=scale)
 
 
 def adapt(x: Array, w: QArray) -> tuple[Array, QArray]:
     """Move a weight's divisor and column permutation over to x, where both meet K."""
-    if (w._divisor is None and w._columns is None) or not w._transposed or x.ndim == 0:
+    if not rearranged(w) or not w._transposed or x.ndim == 0:
         return x, w
     if x.shape[-1] == w.shape[-2]:
-        if w._divisor is not None:
-            x = x.astype(np.promote_types(x.dtype, np.float32)) / w._divisor
-        if w._columns is not None:
-            x = x[..., w._columns]
+        x = adapted(x, w._columns, w._divisor)
     return x, w._with(columns=None, divisor=None)
 
 
-@cache
-def promoted(left: np.dtype[Any], right: np.dtype[Any]) -> np.dtype[Any]:
-    """NumPy's promotion; float16 with bfloat16 is float32."""
-    if left == right:
-        return left.newbyteorder("=")
-    if {left.name, right.name} == {"float16", "bfloat16"}:
-        return np.dtype(np.float32)
-    return np.promote_types(left, right).newbyteorder("=")
-
-
-def _product(
-    left: Array | QArray,
-    right: Array | QArray,
+def epilogue(
     alpha: float,
-    bias: Any,
-    residual: Any,
-    options: Options,
-) -> Array:
-    """(..., M, N) in NumPy, axes of one-dimensional operands dropped."""
-    dtype = options.out_dtype or promoted(left.dtype, right.dtype)
-    given = left, right
-    drop_rows, drop_columns = left.ndim == 1, right.ndim == 1
-    if drop_rows:
-        left = left._view(transposed=False) if isinstance(left, QArray) else left[None]
-    if drop_columns:
-        if isinstance(right, QArray):
-            right = right._view(transposed=True)
-        else:
-            right = right[:, None]
-    if left.shape[-1] != right.shape[-2]:
-        raise ValueError(
-            f"matmul: x has {left.shape[-1]} columns, w has {right.shape[-2]} rows; shapes "
-            f"{given[0].shape} and {given[1].shape}{_remedy(left, right)}"
-        )
-    lead = right.shape[:-2]
-    if lead or isinstance(left, QArray):
-        lead = _broadcast(left.shape[:-2], lead)
-    else:
-        lead = left.shape[:-2]
-    shape = (*lead, left.shape[-2], right.shape[-1])
-    after = _epilogue(
-        alpha, bias, residual, options.activation, dtype, shape, drop_rows, drop_columns
-    )
-    out = interop.empty(shape, dtype)
-    if isinstance(right, QArray):
-        weight_right(left, right, after, out, options)
-    else:
-        assert isinstance(left, QArray)
-        weight_left(left, right, after, out, options)
-    if drop_rows or drop_columns:
-        kept = [*lead, *([] if drop_rows else [shape[-2]]), *([] if drop_columns else [shape[-1]])]
-        return out.reshape(kept)
-    return out
-
-
-def _remedy(left: Array | QArray, right: Array | QArray) -> str:
-    if left.shape[-1] != right.shape[-1]:
-        return ""
-    return ". A weight stored as (N, K) comes in as w.T, or use lowbit.linear"
-
-
-def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        return np.broadcast_shapes(left, right)
-    except ValueError:
-        raise ValueError(f"matmul: leading axes {left} and {right} do not broadcast") from None
-
-
-def _epilogue(
-    alpha: float,
-    bias: Any,
-    residual: Any,
+    bias: Array | None,
+    residual: Array | None,
     activation: str | None,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-    drop_rows: bool,
-    drop_columns: bool,
+    stated: Stated,
 ) -> Epilogue:
+    """The operands of what follows the product, in the shapes and dtypes that kernels take."""
     if bias is None and residual is None:
         return Epilogue(alpha, None, activation, None)
-    held: list[Array | None] = []
-    for given, argument in ((bias, "bias"), (residual, "residual")):
-        if given is None:
-            held.append(None)
-            continue
-        array, _ = interop.to_numpy(given, argument)
-        if array.dtype.kind not in "iu":
-            checks.floating(array, argument)
-        held.append(array)
-    if held[0] is not None:
+    shape, (drop_rows, drop_columns) = stated.shape, stated.dropped
+    if bias is not None:
         wanted = () if drop_columns else shape[-1:]
-        if held[0].shape not in (wanted, shape[-1:]):
-            raise ValueError(f"bias: want shape {shape[-1:]}, got {held[0].shape}")
-        wide = np.float64 if dtype == np.float64 else np.float32
-        held[0] = np.ascontiguousarray(held[0].reshape(shape[-1:]), wide)
-    if held[1] is not None:
+        if bias.shape not in (wanted, shape[-1:]):
+            raise ValueError(f"bias: want shape {shape[-1:]}, got {bias.shape}")
+        wide = np.float64 if stated.dtype == np.float64 else np.float32
+        bias = np.ascontiguousarray(bias.reshape(shape[-1:]), wide)
+    if residual is not None:
         if drop_columns:
-            held[1] = held[1][..., None]
-        if drop_rows and held[1].ndim > 1:
-            held[1] = held[1][..., None, :]
+            residual = residual[..., None]
+        if drop_rows and residual.ndim > 1:
+            residual = residual[..., None, :]
         try:
-            held[1] = np.broadcast_to(held[1], shape)
-            held[1] = held[1].astype(residual_dtype(held[1], dtype), copy=False)
+            residual = np.broadcast_to(residual, shape)
         except ValueError:
             raise ValueError(
-                f"residual: {held[1].shape} does not broadcast to the result, {shape}"
+                f"residual: {residual.shape} does not broadcast to the result, {shape}"
             ) from None
-    return Epilogue(alpha, held[0], activation, held[1])
-
-
-def residual_dtype(residual: Array, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """What a residual is added as: its own dtype, or for integers and float64 that of the sum."""
-    if residual.dtype.kind in "iu" or residual.dtype.itemsize == 8:
-        return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    return residual.dtype
+        dtype = residual_dtype(residual.dtype, stated.dtype.name)
+        residual = residual.astype(dtype, copy=False)
+    return Epilogue(alpha, bias, activation, residual)

@@ -1,0 +1,365 @@
+"""A stated product becomes a function: kernel chosen, built and bound to the weight's parts."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit import interop, kernels
+from lowbit.array import QArray
+from lowbit.dispatch import (
+    Operand,
+    Options,
+    Stated,
+    adapted,
+    adapted_dtype,
+    rearranged,
+    reference_alone,
+    state,
+)
+from lowbit.formats import reference
+from lowbit.formats.codes import rounded
+from lowbit.formats.reference import Packed
+from lowbit.kernels import Epilogue, Problem
+from lowbit.kernels.cpu import pool
+from lowbit.kernels.declare import NOT_FINITE, FusedBind
+from lowbit.kernels.reference import finish
+from lowbit.kernels.words16 import Words16
+from lowbit.quantizing import quantize
+
+Array = npt.NDArray[Any]
+Parts = Packed | Words16
+
+Execute = Callable[[Any, Epilogue, Array], object]
+"""execute(x, epilogue, out): x as it came, out of all axes; NOT_FINITE, or anything else."""
+
+BARE = Epilogue()
+_MOST_PRODUCTS = 64  # shapes of x and options that one weight remembers
+_BYTES = np.dtype(np.uint8)
+
+
+class Product:
+    """A stated product whose kernel is chosen, built and bound to the weight's parts.
+
+    Called, it computes one result in fresh memory from the operand that is not the weight. Any
+    number of threads may do so at once.
+    """
+
+    __slots__ = ("_bytes", "dtype", "execute", "inside", "kept", "shape", "stated")
+
+    def __init__(self, stated: Stated, execute: Execute, inside: bool = False) -> None:
+        self.stated, self.execute = stated, execute
+        self.inside = inside  # the kernel itself quantizes x to x_format
+        self.shape, self.kept, self.dtype = stated.shape, stated.kept, stated.dtype
+        self._bytes = math.prod(self.shape) * self.dtype.itemsize + interop.ALIGNMENT
+
+    def __call__(self, x: Any, after: Epilogue) -> Array:  # noqa: D102  (said above)
+        # interop.empty with its arithmetic done beforehand.
+        memory = np.empty(self._bytes, _BYTES)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory.data))
+        out: Array = np.ndarray(self.shape, self.dtype, memory, -address % interop.ALIGNMENT)
+        self.execute(x, after, out)
+        return out if self.kept is self.shape else out.reshape(self.kept)
+
+    def into(self, target: Array, x: Any, after: Epilogue) -> None:
+        """Compute into memory of the result's dtype, which may be that of an operand."""
+        if apart(target, x, after):
+            self.execute(
+                x, after, target if self.kept is self.shape else target.reshape(self.shape)
+            )
+        else:
+            target[...] = self(x, after)
+
+
+def apart(target: Array, x: Any, after: Epilogue) -> bool:
+    """Whether a kernel can write there: rows without gaps, and no operand's memory."""
+    flags = target.flags
+    steady = flags.c_contiguous and flags.aligned and target.dtype.isnative
+    return steady and not any(
+        isinstance(each, np.ndarray) and np.may_share_memory(target, each)
+        for each in (x, after.bias, after.residual)
+    )
+
+
+def key_of(
+    shape: tuple[int, ...], kind: Any, w: QArray, options: Options, turned: bool = False
+) -> tuple[Any, ...]:
+    """What a weight remembers a bound product by; `kind` is the dtype of a dense x."""
+    threads = pool.get_num_threads()
+    return shape, kind, w._transposed, w._vector, options, turned, threads
+
+
+def find(left: Operand, right: Operand, options: Options, most: int = _MOST_PRODUCTS) -> Product:
+    """The bound product of such operands, made now or remembered with the weight.
+
+    At most `most` of one matrix are remembered.
+    """
+    if isinstance(right, QArray):
+        x, w, turned = left, right, False
+    else:
+        assert isinstance(left, QArray)
+        x, w, turned = right, left, True
+    kind: Any = x.dtype
+    if isinstance(x, QArray):
+        kind = x.format, kind, x._transposed, x._vector, rearranged(x)
+    key = key_of(x.shape, kind, w, options, turned)
+    plans = w._content.plans
+    found: Product | None = plans.get(key)
+    if found is None:
+        found = make(left, right, options)
+        matrices = math.prod(w._parts.shape[:-2])
+        if len(plans) >= max(4, most // max(1, matrices)):
+            plans.clear()
+        plans[key] = found
+    return found
+
+
+def make(left: Operand, right: Operand, options: Options, x_scale: Any = None) -> Product:
+    """State a product, choose its kernel and bind it; `x_scale` are static scales of x_format.
+
+    Of x only what it is counts, not its values.
+    """
+    stated = state(left, right, options)
+    if not isinstance(right, QArray):
+        assert isinstance(left, QArray)
+        return Product(stated, _weight_left(stated, left, options))
+    execute, inside = _weight_right(stated, left, right, options, x_scale)
+    if stated.adapted:
+        execute = _after_adapting(execute, right._columns, right._divisor)
+    return Product(stated, execute, inside)
+
+
+def _after_adapting(execute: Execute, columns: Array | None, divisor: Array | None) -> Execute:
+    return lambda x, after, out: execute(adapted(x, columns, divisor), after, out)
+
+
+# The weight on the right: the kernels' own orientation
+
+
+def _weight_right(
+    stated: Stated, left: Operand, w: QArray, options: Options, x_scale: Any
+) -> tuple[Execute, bool]:
+    """How to compute it, and whether the kernel quantizes x inside."""
+    fmt, parts = options.x_format, w._parts
+    exact = _exact(w, options.kernel, turned=False) if stated.exact else None
+
+    def with_values(dense: bool) -> Execute:
+        return exact or _matrices(stated, parts, _runs(stated.problem, options.kernel), dense)
+
+    if fmt is None:
+        return with_values(isinstance(left, np.ndarray)), False
+
+    def quantizing() -> Execute:
+        inner = with_values(dense=False)
+        return lambda x, after, out: inner(quantize(x, fmt, scale=x_scale), after, out)
+
+    if exact is not None or x_scale is not None:
+        return quantizing(), False
+    dtype = adapted_dtype(left.dtype, w if stated.adapted else None).name
+    bind = fused(stated.problem, options.kernel, dtype)
+    if bind is None:
+        return quantizing(), False
+    along = stated.problem.w_along
+    inside = _matrices(stated, parts, lambda each: _dense(_bound(bind, each, along)), dense=True)
+
+    def execute(x: Array, after: Epilogue, out: Array) -> None:
+        if inside(x, after, out) is NOT_FINITE:
+            quantizing()(x, after, out)  # says what is not finite, and where
+
+    return execute, True
+
+
+@lru_cache(maxsize=4096)
+def fused(problem: Problem, kernel: str | None, dtype: str) -> FusedBind | None:
+    """The chosen kernel's own way to quantize a dense x of this dtype, if it has one."""
+    chosen = kernels.choose(problem, kernel).kernel
+    return None if chosen.fused is None else chosen.fused(problem, dtype)
+
+
+def _dense(run: Execute) -> Execute:
+    """What fused kernels are promised: rows without gaps, aligned, in native byte order."""
+
+    def execute(x: Array, after: Epilogue, out: Array) -> object:
+        if not (x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative):
+            x = np.array(x, x.dtype.newbyteorder("="), order="C")
+        return run(x, after, out)
+
+    return execute
+
+
+def _runs(problem: Problem, kernel: str | None) -> Callable[[Parts], Execute]:
+    """From one matrix's parts to a run of the chosen kernel."""
+    bind = kernels.prepared(problem, kernel)
+
+    def bound(parts: Parts) -> Execute:
+        run = _bound(bind, parts, problem.w_along)
+        return run if problem.residual is None else _steady_residual(run)
+
+    return bound
+
+
+def _bound(bind: Callable[[Parts], Execute], parts: Parts, along: bool) -> Execute:
+    if _readable(parts, along):
+        return bind(parts)
+    # Each time anew: what is bound would keep a copy of the weight.
+    return lambda x, after, out: bind(_gathered(parts))(x, after, out)
+
+
+def _readable(parts: Parts, along: bool) -> bool:
+    """Whether kernels can read the parts where they are: rows at one distance, without gaps."""
+    if isinstance(parts, Words16):
+        return along
+    others = (parts.scales, parts.zeros, parts.biases)
+    steady = parts.codes.strides[-1] == 1 and parts.codes.strides[0] > 0
+    return steady and all(p is None or p.flags.c_contiguous for p in others)
+
+
+def _gathered(parts: Parts) -> Packed:
+    if isinstance(parts, Words16):
+        return parts.rows()
+    codes, scales, zeros, biases = (
+        p if p is None else np.ascontiguousarray(p)
+        for p in (parts.codes, parts.scales, parts.zeros, parts.biases)
+    )
+    assert codes is not None
+    assert scales is not None
+    return Packed(parts.format, parts.shape, codes, scales, zeros, biases, parts.tensor_scale)
+
+
+def _steady_residual(run: Execute) -> Execute:
+    def execute(x: Any, after: Epilogue, out: Array) -> object:
+        residual = after.residual
+        assert residual is not None
+        if not (
+            residual.dtype.isnative
+            and residual.flags.aligned
+            and residual.strides[-1] == residual.itemsize
+        ):
+            residual = np.ascontiguousarray(residual, residual.dtype.newbyteorder("="))
+            after = Epilogue(after.alpha, after.bias, after.activation, residual)
+        return run(x, after, out)
+
+    return execute
+
+
+def _matrices(
+    stated: Stated, parts: Parts, run_of: Callable[[Parts], Execute], dense: bool
+) -> Execute:
+    """Every matrix of the product by its run, or all rows as those of one."""
+    if not stated.flat:
+        return _each(_of_every_matrix(stated.shape[:-2], parts, run_of))
+    run, (*lead, columns) = run_of(parts), stated.shape
+    if dense and len(lead) == 1 and not stated.dropped[0]:
+        return run
+    rows, k = math.prod(lead), stated.problem.k
+
+    def execute(x: Any, after: Epilogue, out: Array) -> object:
+        if isinstance(x, QArray):
+            x = (x.reshape(rows, k) if x.ndim > 2 else x)._rows()
+        elif x.ndim != 2:
+            x = x.reshape(rows, k)
+        if after.residual is not None:
+            flat = after.residual.reshape(rows, columns)
+            after = Epilogue(after.alpha, after.bias, after.activation, flat)
+        return run(x, after, out.reshape(rows, columns))
+
+    return execute
+
+
+def _of_every_matrix(
+    lead: tuple[int, ...], parts: Parts, run_of: Callable[[Parts], Execute]
+) -> list[tuple[tuple[int, ...], Execute]]:
+    """The run for each place of the result's leading axes; places that share a matrix share it."""
+    found: dict[tuple[int, ...], Execute] = {}
+    runs = []
+    for index in np.ndindex(lead):
+        own = _own(parts.shape, index)
+        if own not in found:
+            found[own] = run_of(matrix_of(parts, index))
+        runs.append((index, found[own]))
+    return runs
+
+
+def _each(runs: list[tuple[tuple[int, ...], Execute]]) -> Execute:
+    def execute(x: Any, after: Epilogue, out: Array) -> object:
+        x = x._rows() if isinstance(x, QArray) else x if x.ndim > 1 else x[None]
+        for index, run in runs:
+            if run(matrix_of(x, index), _at(after, index), out[index]) is NOT_FINITE:
+                return NOT_FINITE
+        return None
+
+    return execute
+
+
+def _own(shape: tuple[int, ...], index: tuple[int, ...]) -> tuple[int, ...]:
+    """Where an operand, whose leading axes broadcast, has the matrix of this index."""
+    lead = shape[:-2]
+    own = index[len(index) - len(lead) :]
+    return tuple(0 if length == 1 else i for i, length in zip(own, lead, strict=True))
+
+
+def matrix_of(operand: Any, index: tuple[int, ...]) -> Any:
+    """The matrix of an operand at this index of its leading axes, which broadcast."""
+    if len(operand.shape) == 2:
+        return operand
+    own = _own(operand.shape, index)
+    if isinstance(operand, Packed):
+        return reference.take(operand, own, slice(0, operand.shape[-2]))
+    return operand[own]
+
+
+def _at(after: Epilogue, index: tuple[int, ...]) -> Epilogue:
+    if after.residual is None:
+        return after
+    return Epilogue(after.alpha, after.bias, after.activation, after.residual[index])
+
+
+# The weight on the left, and what no kernel describes
+
+
+def _weight_left(stated: Stated, w: QArray, options: Options) -> Execute:
+    """The kernels compute the transpose, the epilogue follows."""
+    if stated.exact:
+        return _exact(w, options.kernel, turned=True)
+    problem = stated.problem
+    runs = _of_every_matrix(stated.shape[:-2], w._parts, _runs(problem, options.kernel))
+    wide = np.dtype(problem.out)
+
+    def execute(x: Array, after: Epilogue, out: Array) -> None:
+        turned = x.swapaxes(-1, -2) if x.ndim > 1 else x[None]
+        for index, run in runs:
+            product = interop.empty((problem.m, problem.n), wide)
+            run(matrix_of(turned, index), BARE, product)
+            one = _at(after, index)
+            if one.alpha == 1 and one.bias is None and not one.activation and one.residual is None:
+                out[index] = rounded(product.T, out.dtype)
+            else:
+                out[index] = rounded(finish(product.T.astype(np.float64), one), out.dtype)
+
+    return execute
+
+
+def _exact(w: QArray, kernel: str | None, *, turned: bool) -> Execute:
+    """A product that no kernel describes: float64 values, one rounding at the end."""
+    if kernel is not None:
+        kernels.pick(reference_alone(), kernel)
+    # Another view: one of the content that remembers this function would keep itself alive.
+    held = w._with()
+    held = held._view(transposed=not turned) if held._vector else held
+
+    def execute(x: Any, after: Epilogue, out: Array) -> None:
+        if isinstance(x, QArray):
+            x = (x._view(transposed=False) if x._vector else x).dequantize(np.float64)
+        elif x.ndim == 1:
+            x = x[:, None] if turned else x[None]
+        values = held.dequantize(np.float64)
+        left, right = (values, x) if turned else (x, values)
+        out[...] = rounded(finish(reference.matmul(left, right), after), out.dtype)
+
+    return execute

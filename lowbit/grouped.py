@@ -1,0 +1,220 @@
+"""Products of a mixture of experts: consecutive rows of x, each run of them with its own weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit import binding, checks, interop, products
+from lowbit.array import QArray
+from lowbit.dispatch import Options, flattens, promoted, rearranged, residual_dtype
+from lowbit.kernels import Epilogue
+from lowbit.quantizing import quantize
+
+Array = npt.NDArray[Any]
+
+_REMEMBERED = 2048  # bound products of a whole stack, at least 8 of each expert
+
+
+def grouped_matmul(
+    x: Any,
+    w: QArray,
+    offsets: Any,
+    *,
+    alpha: float = 1.0,
+    bias: Any = None,
+    activation: str | None = None,
+    residual: Any = None,
+    x_format: Any = None,
+    out: Any = None,
+    out_dtype: Any = None,
+    batch_invariant: bool = False,
+    kernel: str | None = None,
+) -> Any:
+    """Multiply groups of rows, each by a weight of its own: x[group e] @ w[e].T.
+
+    Parameters
+    ----------
+    x : array_like or QArray, (T, K)
+        Rows sorted by group, as a mixture of experts sorts its tokens.
+    w : QArray, (E, N, K)
+        The stack of weights, each stored as (N, K).
+    offsets : array_like of int, (E,) or (E + 1,)
+        Where each group ends: group e has the rows from ``offsets[e - 1]``, or 0, up to
+        ``offsets[e]``, as ``offs`` of torch's grouped products; the last one ends at T. A leading
+        0 may stand before them. Groups may be empty.
+    alpha : float
+    bias : array_like of shape (E, N), optional
+    activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
+    residual : array_like, optional
+        Broadcasts to the result.
+    x_format : Format or str, optional
+        Quantize x on the way in. Where rows share scales, those of one group do.
+    out : array of shape (T, N), optional
+        Where to write the result; returned.
+    out_dtype, batch_invariant, kernel
+        As for `matmul`.
+
+    Returns
+    -------
+    array, (T, N)
+        In the framework, and on the device, of x. The bits are those of `matmul`, group by group.
+
+    Raises
+    ------
+    TypeError
+        w is not a QArray, x is not floating-point, or offsets are not integers.
+    ValueError
+        Shapes do not fit, or offsets decrease or do not end at T.
+
+    Notes
+    -----
+    What is bound to an expert's weight is remembered with the stack, so the next call with as many
+    rows for it costs a few microseconds besides the arithmetic.
+
+    Examples
+    --------
+    >>> import numpy as np, lowbit as lb
+    >>> experts = lb.quantize(np.stack([np.eye(2, 32), 2 * np.eye(2, 32)]), "int8_row")
+    >>> x = np.arange(96, dtype=np.float32).reshape(3, 32)
+    >>> lb.grouped_matmul(x, experts, [1, 3], out_dtype="float32")
+    array([[  0.,   1.],
+           [ 64.,  66.],
+           [128., 130.]], dtype=float32)
+    """
+    if not isinstance(w, QArray) or w.ndim != 3:
+        got = f"a QArray {w.shape}" if isinstance(w, QArray) else type(w).__name__
+        raise TypeError(f"w: want a QArray of shape (experts, N, K), got {got}")
+    left, _, origin = products.operands_of(x, w)
+    experts, n, k = w.shape
+    if left.ndim != 2 or left.shape[1] != k:
+        raise ValueError(
+            f"grouped_matmul: x has shape {left.shape}, want (rows, {k}) for w {w.shape}"
+        )
+    rows = left.shape[0]
+    ends = _ends(offsets, experts, rows)
+    target = None if out is None else products.writable(out)
+    if target is not None and target.shape != (rows, n):
+        raise ValueError(f"out: want shape {(rows, n)}, got {target.shape}")
+    added = None if bias is None else products.numbers(bias, "bias")
+    rest = None if residual is None else products.numbers(residual, "residual")
+    options = products.options_of(
+        left, added, activation, rest, x_format, None, target, out_dtype, batch_invariant, kernel
+    )
+    dtype = options.out_dtype or promoted(left.dtype, w.dtype)
+    options = options._replace(out_dtype=dtype)
+    after = _epilogue(checks.finite_scalar(alpha, "alpha"), added, activation, rest, dtype, rows, w)
+    if target is not None and binding.apart(target, left, after):
+        result = target
+    else:
+        result = interop.empty((rows, n), dtype)
+    _groups(left, w, ends, after, options, result)
+    if target is None:
+        return interop.from_numpy(result, origin)
+    if result is not target:
+        target[...] = result
+    interop.written(out)
+    return out
+
+
+def _ends(offsets: Any, experts: int, rows: int) -> list[int]:
+    """Where each group ends, checked."""
+    array, _ = interop.to_numpy(offsets, "offsets")
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"offsets: want integers, got {array.dtype.name}")
+    ends: list[int] = array.tolist() if array.ndim == 1 else []
+    if len(ends) == experts + 1 and ends[0] == 0:
+        ends = ends[1:]
+    if array.ndim != 1 or len(ends) != experts:
+        raise ValueError(
+            f"offsets: want the end of each of {experts} groups, with or without a 0 before the "
+            f"first; got shape {array.shape}"
+        )
+    start = 0
+    for group, end in enumerate(ends):
+        if end < start:
+            raise ValueError(f"offsets: group {group} ends at {end}, before its start at {start}")
+        start = end
+    if start != rows:
+        raise ValueError(f"offsets: the last group ends at {start}, x has {rows} rows")
+    return ends
+
+
+def _epilogue(
+    alpha: float,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    dtype: np.dtype[Any],
+    rows: int,
+    w: QArray,
+) -> Epilogue:
+    """As `products.epilogue`, with a row of bias for each expert."""
+    experts, n, _ = w.shape
+    if bias is not None:
+        if bias.shape != (experts, n):
+            raise ValueError(f"bias: want shape {(experts, n)}, got {bias.shape}")
+        bias = np.ascontiguousarray(bias, np.float64 if dtype == np.float64 else np.float32)
+    if residual is not None:
+        try:
+            residual = np.broadcast_to(residual, (rows, n))
+        except ValueError:
+            raise ValueError(
+                f"residual: {residual.shape} does not broadcast to the result, {(rows, n)}"
+            ) from None
+        residual = residual.astype(residual_dtype(residual.dtype, dtype.name), copy=False)
+    return Epilogue(alpha, bias, activation, residual)
+
+
+def _groups(
+    x: Array | QArray, w: QArray, ends: list[int], after: Epilogue, options: Options, out: Array
+) -> None:
+    """One product after the other, each on all threads."""
+    fmt = options.x_format
+    most = max(8, _REMEMBERED // max(1, len(ends)))
+    whole: QArray | None = None
+    start = 0
+    for expert, weight in enumerate(_experts(w)):
+        rows, start = slice(start, ends[expert]), ends[expert]
+        if rows.start == rows.stop:
+            continue
+        part = x[rows]
+        product = binding.find(part, weight, options, most)
+        if fmt is not None and not product.inside and flattens(fmt) and not rearranged(w):
+            # Scales are those of single rows: quantizing all of them takes one call.
+            whole = quantize(x, fmt) if whole is None else whole
+            part = whole[rows]
+            product = binding.find(part, weight, options._replace(x_format=None), most)
+        one = Epilogue(
+            after.alpha,
+            None if after.bias is None else after.bias[expert],
+            after.activation,
+            None if after.residual is None else after.residual[rows],
+        )
+        try:
+            product.execute(part, one, out[rows])
+        except ValueError:
+            if fmt is not None and whole is None:
+                quantize(x, fmt)  # says where, counted from the first row of all
+            raise
+
+
+def _experts(w: QArray) -> list[QArray]:
+    """Each weight of the stack as the right operand; remembered, so each remembers its products."""
+    plans, key = w._content.plans, ("experts", w._transposed)
+    found: list[QArray] | None = plans.get(key)
+    if found is None:
+        found = [
+            QArray._of(
+                binding.matrix_of(w._parts, (expert,)),
+                w._dtype,
+                transposed=not w._transposed,
+                columns=w._columns,
+                divisor=w._divisor,
+            )
+            for expert in range(w.shape[0])
+        ]
+        plans[key] = found
+    return found
