@@ -1,4 +1,5 @@
-# Needs python3 >= 3.11 with venv, and make. Everything else is installed into .venv.
+# Needs python3 >= 3.11 with venv, and make. Everything else is installed into .venv; only the tests
+# of aarch64 code want two packages of the system, see `make emulator`.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,11 +11,12 @@ RUN := $(VENV)/bin/python -P
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly lint ruff mypy pyright import-linter docs dist-check clean
+.PHONY: help demo emulator test nightly lint ruff mypy pyright import-linter docs dist-check clean
 
 help:
 	@echo "make demo        quantize a real model, print what it costs, draw a picture"
 	@echo "make test        the tests"
+	@echo "make emulator    what runs aarch64 code in the tests (Debian and its kin; asks for root)"
 	@echo "make nightly     the tests, with many random examples"
 	@echo "make lint        ruff, mypy, pyright, import-linter"
 	@echo "make docs        docs/_build/html, warnings are errors"
@@ -26,6 +28,19 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(RUN) -m pytest $(PYTEST)
+
+# An emulator, an assembler and a linker: 16 MB of packages.
+emulator:
+	@for tool in qemu-aarch64 aarch64-linux-gnu-as aarch64-linux-gnu-ld; do \
+		command -v $$tool > /dev/null || missing="$$missing $$tool"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+		echo "installing$$missing"; \
+		run=$$([ $$(id -u) = 0 ] || echo sudo); \
+		$$run apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive $$run apt-get install -qq -y --no-install-recommends \
+			qemu-user binutils-aarch64-linux-gnu > /dev/null; \
+	fi
 
 nightly: $(VENV)/.test
 	$(RUN) -m pytest $(PYTEST) --hypothesis-profile nightly

@@ -78,6 +78,13 @@ def assembly(ir: str, isa: Isa) -> str:
         return str(machine.emit_assembly(module))
 
 
+def object_code(ir: str, isa: Isa) -> bytes:
+    """Return the object file that `load` would link; the record may be a foreign one."""
+    with _lock:
+        machine, module = _parsed(ir, isa)
+        return bytes(machine.emit_object(module))
+
+
 def cache_directory() -> tuple[Path | None, str]:
     """Return the folder of the object cache, or None and why kernels stay in memory only."""
     given = os.environ.get("LOWBIT_CACHE_DIR")
@@ -166,8 +173,7 @@ def _object(ir: str, isa: Isa) -> bytes:
         code = _read(folder / key, key)
         if code is not None:
             return code
-    machine, module = _parsed(ir, isa)
-    code = bytes(machine.emit_object(module))
+    code = object_code(ir, isa)
     if folder is not None:
         _write(folder / key, key, code)
     return code
