@@ -185,21 +185,42 @@ def quantize(
     transposed = checks.contraction_axis(axis, values.ndim)
     vector = values.ndim == 1
     stored = values[None] if vector else values.swapaxes(-1, -2) if transposed else values
-    parts = reference.quantize(
-        fmt,
-        stored,
-        method=method,
-        scale=_static(scale, fmt, stored.shape, "scale"),
-        zero=_static(zero, fmt, stored.shape, "zero"),
-        overflow=overflow,  # type: ignore[arg-type]
-        nonfinite=nonfinite,
-        rounding=rounding,
-        seed=seed,
-        place=lambda i: i[1:] if vector else (*i[:-2], i[-1], i[-2]) if transposed else i,
-    )
+    scale = _static(scale, fmt, stored.shape, "scale")
+    zero = _static(zero, fmt, stored.shape, "zero")
+    parts = None
+    if _refuse(fmt, stored, method=method, rounding=rounding, overflow=overflow) is None:
+        from lowbit.kernels.cpu.quantize import quantize as compiled
+
+        parts = compiled(fmt, stored, method=method, scale=scale, zero=zero)
+    if parts is None:
+        # Also where a kernel met what has to be refused: this counts and places it.
+        parts = reference.quantize(
+            fmt,
+            stored,
+            method=method,
+            scale=scale,
+            zero=zero,
+            overflow=overflow,  # type: ignore[arg-type]
+            nonfinite=nonfinite,
+            rounding=rounding,
+            seed=seed,
+            place=lambda i: i[1:] if vector else (*i[:-2], i[-1], i[-2]) if transposed else i,
+        )
     dtype = values.dtype.newbyteorder("=")
     result = QArray._of(parts, dtype, transposed=transposed, vector=vector)
     return result if out is None else _write(result, out)
+
+
+_LEAST = 1 << 14  # numbers; with fewer the reference takes less time than loading a kernel
+
+
+def _refuse(fmt: Format, x: Array, *, method: str, rounding: str, overflow: str) -> str | None:
+    """Why an array is not quantized by compiled code, in words; None if it is."""
+    if x.size < _LEAST:
+        return f"fewer than {_LEAST} numbers take less time than loading a kernel"
+    from lowbit.kernels.cpu import quantize as compiled
+
+    return compiled.refuse(fmt, x, method=method, rounding=rounding, overflow=overflow)
 
 
 def _static(given: Any, fmt: Format, shape: tuple[int, ...], argument: str) -> Array | None:

@@ -270,6 +270,8 @@ def test_quotients_are_correctly_rounded(isa: Isa) -> None:
             expected = numerators / by
             assert quotients(isa, numerators, by).tobytes() == expected.tobytes(), float(by)
     assert hard > 100
+    zeros = np.array([0.0, -0.0], np.float32)
+    assert quotients(isa, zeros, 3.0).tobytes() == zeros.tobytes()
     for limit in (lanes.SMALLEST_DIVISOR, lanes.LARGEST_DIVISOR):
         x = (rng.standard_normal(4000) * 2.0 ** rng.integers(-99, 126, 4000)).astype(np.float32)
         for number in (np.float32(limit), np.nextafter(np.float32(limit), np.float32(1))):

@@ -81,23 +81,22 @@ def slow_divisor(f: Function, number: Value) -> Divisor:
 def quotient(f: Function, x: Value, by: Divisor) -> Value:
     """x / by, correctly rounded.
 
-    A division of 16 lanes takes as long as 20 multiplications. By Markstein's theorem (IBM J. Res.
-    Dev. 34, 1990) the last of these steps rounds correctly: the reciprocal is correctly rounded,
-    the quotient before lies within one unit in the last place, and its remainder is exact.
+    A division of 16 lanes takes as long as 20 multiplications. Markstein's step (IBM J. Res. Dev.
+    34, 1990) corrects the product with the rounded reciprocal by its exact remainder. The error
+    left is below 5 / (2**48 by) for the integer mantissas of x and by, and of the 52 million pairs
+    of them whose quotients come that close to a midpoint between two float32 each one was tried.
     """
     if by.reciprocal is None:
         return f.op("fdiv", x, by.number)
-    minus = f.let(FLOAT, f"fneg {by.number}")
     guess = f.op("fmul", x, by.reciprocal)
-    for _ in range(2):
-        rest = f.fma(minus, guess, x)
-        guess = f.fma(rest, by.reciprocal, guess)
-    return guess
+    # This order of signs keeps that of -0.
+    rest = f.fma(by.number, guess, f.let(FLOAT, f"fneg {x}"))
+    return f.fma(f.let(FLOAT, f"fneg {rest}"), by.reciprocal, guess)
 
 
 # 1.5 * 2**23: next to it float32 has the spacing 1, so that an addition rounds to a whole number,
 # ties to even, which then stands in the low bits of the pattern in two's complement.
-_WHOLE = 1.5 * 2.0**23
+WHOLE = 1.5 * 2.0**23
 
 
 def clamped(f: Function, y: Value, low: Value, high: Value) -> Value:
@@ -108,4 +107,4 @@ def clamped(f: Function, y: Value, low: Value, high: Value) -> Value:
 
 def whole_bits(f: Function, y: Value) -> Value:
     """Int32 lanes whose low 22 bits are y rounded to even in two's complement, |y| < 2**21."""
-    return f.bits(f.op("fadd", y, _WHOLE), INT)
+    return f.bits(f.op("fadd", y, WHOLE), INT)
