@@ -28,6 +28,7 @@ def describe() -> dict[str, object]:
         else os.cpu_count(),
         "threads": lb.get_num_threads(),
         "isa": isa.host().name,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -38,7 +39,7 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor()
-    fields = {}
+    fields: dict[str, str] = {}
     for line in info.read_text().splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())

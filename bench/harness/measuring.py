@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import peers
+
 from harness.processes import Contender, Lost
 from harness.records import Entrant, Group, Row
+from harness.work import Work
 from harness.worker import Task
 
 
@@ -33,6 +36,7 @@ class Running:
         pace: Pace,
         threads: int,
         start: Callable[[Task], Contender] = Contender,
+        refusal: Callable[[str, Work], str | None] = peers.refusal,
     ) -> None:
         self.group, self.pace = group, pace
         self.processes: dict[Entrant, Contender] = {}
@@ -41,6 +45,10 @@ class Running:
         self.last: dict[Entrant, Row] = {}
         self.threads = {e: e.threads or threads for e in group.entrants}
         for entrant in group.entrants:
+            why = refusal(entrant.name, entrant.work)
+            if why:
+                self.failed[entrant] = f"absent: {why}"
+                continue
             task = Task(
                 entrant.name,
                 entrant.work,

@@ -33,7 +33,7 @@ class Contender:
     """
 
     def __init__(self, task: Task) -> None:
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), json.dumps(asdict(task))],
             stdin=subprocess.PIPE,
@@ -90,7 +90,9 @@ class Contender:
     def _last_words(self) -> str:
         code = self._process.wait()
         self._errors.seek(0)
-        lines = [line.strip() for line in self._errors if line.strip()]
+        lines = [line.strip() for line in self._errors if any(c.isalpha() for c in line)]
+        # The message of an error may go on for lines after the one that names it.
+        lines = [line for line in lines if "Error" in line] or lines
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return f"{how}: {lines[-1]}" if lines else how
 

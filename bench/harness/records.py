@@ -9,6 +9,8 @@ from typing import Any
 from harness.work import Work
 
 OURS = "lowbit"
+NOISY = 0.3
+"""Distance of the quartiles over the median from which on a row is marked."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,22 @@ class Row:
         return (high - low) / self.seconds
 
     @property
+    def noisy(self) -> bool:
+        """Whether half of the calls lie far apart: the machine did something else as well."""
+        return self.spread > NOISY
+
+    @property
     def operations(self) -> int:
         """Multiplications and additions."""
         return 2 * self.m * self.work.n * self.work.k
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of weights, x and y, each once."""
+        x_bytes = {"float32": 4, "bfloat16": 2}.get(self.work.x, 1)
+        y_bytes = 2 if self.work.x == "bfloat16" else 4
+        work = self.work
+        return self.weight_bytes + self.m * (work.k * x_bytes + work.n * y_bytes)
 
     def record(self) -> dict[str, Any]:
         """For JSON: the statistics instead of all times."""
@@ -134,4 +149,5 @@ class Row:
         if self.times:
             spread = None if len(self.times) < 4 else self.spread
             plain |= {"seconds": self.seconds, "best": self.best, "spread": spread}
+            plain["noisy"] = self.noisy
         return plain

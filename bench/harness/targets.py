@@ -32,6 +32,10 @@ class Verdict:
     """In words what it is compared with."""
     ratio: float
     wanted: float
+    unit: str = ""
+    """Of what there is to do, where another of our own rows is compared."""
+    noisy: bool = False
+    """One of the two sides is."""
     enough: str = ""
     """Why it is met although the ratio is less."""
 
@@ -52,6 +56,7 @@ class Verdict:
             "wanted": self.wanted,
             "enough": self.enough,
             "met": self.met,
+            "noisy": self.noisy,
         }
 
 
@@ -102,7 +107,14 @@ def _faster(target: Faster, row: Row, timed: list[Row], roofs: Roofs) -> Iterabl
                 share = read_share(row, roofs)
                 if share >= target.bandwidth:
                     enough = f"{share:.0%} of the read bandwidth"
-            yield Verdict(row, target.peer, ratio, target.factor, enough)
+            yield Verdict(
+                row,
+                target.peer,
+                ratio,
+                target.factor,
+                noisy=row.noisy or other.noisy,
+                enough=enough,
+            )
 
 
 def _reaches(target: Reaches, row: Row, roofs: Roofs) -> Iterable[Verdict]:
@@ -113,7 +125,7 @@ def _reaches(target: Reaches, row: Row, roofs: Roofs) -> Iterable[Verdict]:
     else:
         share = operation_share(row, target.roof, roofs)
     if not math.isnan(share):
-        yield Verdict(row, f"{target.roof} roof", share, target.share)
+        yield Verdict(row, f"{target.roof} roof", share, target.share, noisy=row.noisy)
 
 
 def _beside(target: Beside, timed: list[Row]) -> Iterable[Verdict]:
@@ -129,7 +141,9 @@ def _beside(target: Beside, timed: list[Row]) -> Iterable[Verdict]:
     ratio = other.seconds / row.seconds * units[target.per]
     m = "" if target.m == target.other_m else f" M={target.other_m}"
     threads = "" if row.threads == other.threads else f" {other.threads} thread"
-    yield Verdict(row, f"{other.work}{m}{threads}, a {target.per}", ratio, target.least)
+    against = f"{other.work}{m}{threads}, a {target.per}"
+    noisy = row.noisy or other.noisy
+    yield Verdict(row, against, ratio, target.least, target.per, noisy)
 
 
 def _find(entrant: Entrant, m: int, timed: list[Row]) -> Row | None:

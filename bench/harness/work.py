@@ -31,6 +31,11 @@ class Work:
         return f"{self.weight} ({self.n}, {self.k}) x {self.x}{inner}"
 
     @property
+    def integer(self) -> bool:
+        """Whether int8 is multiplied with integers."""
+        return self.x.startswith("int8") or (self.inner or "").startswith("int8")
+
+    @property
     def group(self) -> int:
         """Columns that share a scale; all of them where the format has no groups."""
         word = next((w for w in self.weight.split("_") if w[0] == "g" and w[1:].isdecimal()), None)

@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python -P leaves it out
 
 import numpy as np
-
 import peers
+
 from harness.checking import Wrong
 from harness.work import Operands, Work
 

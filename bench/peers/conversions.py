@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
-import lowbit as lb
 from harness.checking import Wrong
 from harness.work import Array, Operands, Work
+
+import lowbit as lb
 from peers import Built
 
 NAMES = ("lowbit.quantize", "lowbit.prepare", "lowbit.dequantize")
@@ -44,6 +44,7 @@ def build(name: str, operands: Operands, threads: int) -> Built:
     fmt, dense = operands.work.weight, operands.weight
     quantized = lb.quantize(dense, fmt)
     rows = np.unique(np.linspace(0, dense.shape[0] - 1, CHECKED).astype(int))
+    inputs: list[Any]
     if name == "lowbit.quantize":
         moved, inputs, convert = dense.nbytes + quantized.nbytes, [dense], _quantize(fmt)
     elif name == "lowbit.dequantize":

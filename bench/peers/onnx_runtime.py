@@ -85,7 +85,7 @@ def _model(weight: codes.Integers, work: Work, accuracy: int) -> tuple[bytes, in
     from onnx import TensorProto, helper, numpy_helper
 
     blocks = -(-work.k // work.group)
-    unsigned = np.full((work.n, blocks * work.group), weight.half, np.uint8)
+    unsigned: Array = np.full((work.n, blocks * work.group), weight.half, np.uint8)
     unsigned[:, : work.k] = weight.unsigned()
     if weight.bits == 4:
         unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from harness import codes
@@ -21,9 +22,12 @@ NAMES = ("torchao.int4", "torchao.int8", "torchao.int8dyn")
 
 def missing() -> str | None:
     """PyTorch, and torchao with the tensor of int4 weights for the CPU."""
-    if find_spec("torchao") is None:
+    package = find_spec("torchao")
+    if package is None:
         return "torchao is not installed (pip install torchao)"
-    if find_spec("torchao.prototype.quantization.int4") is None:
+    folders = [Path(each) for each in package.submodule_search_locations or ()]
+    # Looked up as a folder: asking for a module inside would import all of torchao.
+    if not any((each / "prototype" / "quantization" / "int4").is_dir() for each in folders):
         return "this torchao has no Int4OpaqueTensor; 0.18 does"
     return pytorch.missing()
 
