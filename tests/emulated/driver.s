@@ -1,6 +1,6 @@
-// Runs `tile` for every tile of one job on aarch64 Linux, without a C library.
+// Calls a function for every tile of one job on aarch64 Linux, without a C library.
 //
-// Standard input is a file that is the memory from BASE on. It is mapped, not read: what `tile`
+// Standard input is a file that is the memory from BASE on. It is mapped, not read: what `job`
 // writes is in the file afterwards. Between the pieces nothing is mapped, so a step outside of an
 // operand ends the program.
 //
@@ -33,7 +33,7 @@ _start: ldr     x19, =BASE
         ldr     x0, [x19, #8]
         mov     x1, x20
         ldr     x2, [x19, #16]
-        bl      tile
+        bl      job
         add     x20, x20, #1
         b       3b
 4:      mov     x0, #0

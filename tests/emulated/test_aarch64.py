@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,9 @@ import pytest
 
 import lowbit as lb
 from lowbit import dispatch, kernels
-from lowbit.formats import declared
+from lowbit.formats import declared, reference
 from lowbit.kernels.cpu import isa as isas
-from lowbit.kernels.cpu import native, pool
+from lowbit.kernels.cpu import native, pool, quantize
 from lowbit.kernels.cpu.isa import RECORDS, Isa
 from lowbit.kernels.declare import ACTIVATIONS
 from lowbit.testing import conformance, random_qarray
@@ -116,35 +116,49 @@ class Memory:
         return self._end - size
 
 
+class Program(NamedTuple):
+    """A function of a module, for the pool to call."""
+
+    code: Path
+    function: str
+    isa: Isa
+
+
 class Emulator:
     """Stands in for the loader and the pool: a module becomes a program, a job is a run of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.programs: list[tuple[Path, Isa]] = []
+        self.programs: list[Program] = []
         self.memory = Memory(folder / "memory")
         self.jobs = 0
         self.driver = folder / "driver.o"
         call(ASSEMBLER, "-o", self.driver, HERE / "driver.s")
 
     def load(self, ir: str, isa: Isa) -> native.Module:
-        """The address of `tile` is the program's number."""
-        program = self.folder / f"program{len(self.programs)}"
-        code = program.with_suffix(".o")
+        """The address of a function is the number of the program that will call it."""
+        code = self.folder / f"code{len(self.programs)}.o"
         code.write_bytes(native.object_code(ir, isa))
-        call(LINKER, "-static", "-o", program, self.driver, code)
-        self.programs.append((program, isa))
-        return native.Module({"tile": len(self.programs) - 1})
+        addresses = {}
+        for name in native._DEFINED.findall(ir):
+            addresses[name] = len(self.programs)
+            self.programs.append(Program(code, name, isa))
+        return native.Module(addresses)
 
     def run(
         self, entry: int, argument: int, tiles: int, scratch: int = 0, threads: int | None = None
     ) -> None:
         """One job; what it reads at `argument` holds addresses of the emulated memory."""
-        program, isa = self.programs[entry]
+        program = self.programs[entry]
+        executable = program.code.with_suffix(f".{program.function}")
+        if not executable.exists():
+            job = f"--defsym=job={program.function}"
+            call(LINKER, "-static", job, "-o", executable, self.driver, program.code)
         with Path("/proc/self/mem").open("rb", buffering=0) as own:
             own.seek(argument)
             block = own.read(1024)  # more than there is; the size is the generator's own affair
-        self.memory.run(program, PROCESSORS.get(isa.name, "max"), tiles, block, scratch)
+        processor = PROCESSORS.get(program.isa.name, "max")
+        self.memory.run(executable, processor, tiles, block, scratch)
         self.jobs += 1
 
     def _moving(self, given: Callable[..., int]) -> Callable[..., int]:
@@ -267,6 +281,25 @@ define void @tile(ptr %block, i64 %number, ptr %scratch) {
   store i32 7, ptr %place
   ret void
 }"""
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=[isa.name for isa in ISAS])
+@pytest.mark.parametrize("name", SOME)
+def test_quantized_numbers_are_those_of_the_reference(
+    name: str, isa: Isa, emulator: Emulator
+) -> None:
+    x = np.random.default_rng(0).standard_normal((48, 200)).astype(np.float32)
+    for dtype in (np.float32, np.float16):
+        wanted = reference.quantize(lb.format(name), x.astype(dtype))
+        with emulator.machine(isa):
+            got = quantize.quantize(lb.format(name), x.astype(dtype))
+        assert got is not None
+        for part in ("codes", "scales", "zeros", "biases", "tensor_scale"):
+            pair = getattr(got, part), getattr(wanted, part)
+            assert (pair[0] is None) == (pair[1] is None)
+            if pair[0] is not None:
+                conformance.same_bits(*pair)
+    assert emulator.jobs
 
 
 def test_a_step_outside_of_an_array_ends_the_program(emulator: Emulator) -> None:
