@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import lowbit as lb
 from lowbit import formats, kernels
@@ -91,6 +92,46 @@ def figures() -> str:
     return rst(["what", "measured", "limit"], body) + "\n" + note
 
 
+def cpu() -> str:
+    """The committed figures of bench/cpu.py: roofs, and how often each target is met."""
+    path = RESULTS / "cpu.json"
+    if not path.exists():
+        return "No whole run is committed.\n"
+    record = json.loads(path.read_text())
+    machine, roofs = record["machine"], record["roofs"]
+    kinds: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for verdict in record["verdicts"]:
+        against = f"our own, per {verdict['unit']}" if verdict["unit"] else verdict["against"]
+        kinds.setdefault((verdict["section"], against, verdict["wanted"]), []).append(verdict)
+    body = []
+    for (section, against, wanted), found in kinds.items():
+        worst = min(found, key=lambda verdict: (verdict["met"], verdict["ratio"]))
+        work = worst["work"]
+        met = sum(verdict["met"] for verdict in found)
+        body.append(
+            [
+                section,
+                f"`{against}`",
+                f"{wanted:.2f}",
+                f"{met} of {len(found)}",
+                (
+                    f"{worst['ratio']:.2f}: `{work['weight']}` {work['n']} x {work['k']}, "
+                    f"M = {worst['m']}"
+                ),
+            ]
+        )
+    peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in roofs["operations"].items())
+    contenders = ", ".join(sorted(set(record["contenders"].values())))
+    facts = (
+        f"Measured on {machine['date']}: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['isa']}, {roofs['threads']} threads. Roofs: read {roofs['read'] / 1e9:.1f} "
+        f"GB/s, copy {roofs['copy'] / 1e9:.1f} GB/s; Gop/s: {peaks}. {contenders}.\n"
+    )
+    picture = f".. image:: ../bench/results/{path.stem}.png\n   :alt: rooflines\n"
+    headings = ["section", "against", "wanted", "met", "worst"]
+    return "\n".join([rst(headings, body), facts, picture])
+
+
 def demo() -> str:
     """The committed table of examples/minilm.py."""
     record = json.loads((RESULTS / "minilm.json").read_text())
@@ -142,6 +183,7 @@ def write() -> None:
         "formats.txt": rst(HEADINGS, rows()),
         "kernels.txt": rst(["x", "w", "kernel", "roundings, K = 4096"], kernel_rows()),
         "figures.txt": figures(),
+        "cpu.txt": cpu(),
         "demo.txt": demo(),
     }
     for name, text in pages.items():

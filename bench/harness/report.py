@@ -14,8 +14,10 @@ from harness.targets import Roofs, Verdict, operation_share, read_share
 
 def group_table(rows: Sequence[Row], verdicts: Sequence[Verdict], roofs: Roofs) -> Group:
     """Contenders side by side where they do one work, else a line for each row."""
-    works = {row.work for row in rows}
-    table = _contest(rows, verdicts, roofs) if len(works) == 1 else _list(rows, verdicts, roofs)
+    points = {(row.name, row.m) for row in rows}
+    contest = len({row.work for row in rows}) == 1 and len(points) == len(rows)
+    contest = contest and all((OURS, m) in points for _, m in points)
+    table = (_contest if contest else _list)(rows, verdicts, roofs)
     return Group(table, *_notes(rows))
 
 
@@ -58,8 +60,10 @@ def _list(rows: Sequence[Row], verdicts: Sequence[Verdict], roofs: Roofs) -> Tab
 
 def _rates(row: Row, roofs: Roofs) -> list[str]:
     """Headings of the two columns of rates."""
-    memory = "copy" if row.moved else "read"
-    return [f"GB/s\n% {memory}", "Gop/s\n" + "\n".join(f"% {kind}" for kind in _kinds(row, roofs))]
+    if row.name != OURS:
+        return ["GB/s\n% copy", ""]
+    peaks = "\n".join(f"% {kind}" for kind in _kinds(row, roofs))
+    return ["GB/s\n% read", f"Gop/s\n{peaks}"]
 
 
 def _kinds(row: Row, roofs: Roofs) -> list[str]:
@@ -129,7 +133,7 @@ def summary(verdicts: Iterable[Verdict]) -> Table:
     for verdict in verdicts:
         what = verdict.against
         if verdict.unit:
-            what = f"another row, a {verdict.unit}"
+            what = f"our own, per {verdict.unit}"
         kinds.setdefault((verdict.row.section, what, verdict.wanted), []).append(verdict)
     for (section, what, wanted), found in kinds.items():
         met = sum(v.met for v in found)

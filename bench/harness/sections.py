@@ -111,7 +111,7 @@ def any_by_bfloat16(choice: Choice) -> list[Group]:
 
 def formats(choice: Choice) -> list[Group]:
     """Every other width and kind of block beside our own int4 and int8."""
-    narrow = ("int1_g128", "int2_g128", "int3_g128", "mxfp4", "nvfp4", "int4_128x128")
+    narrow = ("int1_g128_asym", "int2_g128", "int3_g128", "mxfp4", "nvfp4", "int4_128x128")
     wide = ("int5_g128", "int6_g128", "int7_g128", "mxfp6", "mxfp8", "int8_128x128", "fp8_128x128")
     integers = {
         base: tuple(name for name in others if name.startswith("int"))

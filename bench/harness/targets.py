@@ -52,6 +52,7 @@ class Verdict:
             "work": asdict(row.work),
             "m": row.m,
             "against": self.against,
+            "unit": self.unit,
             "ratio": self.ratio,
             "wanted": self.wanted,
             "enough": self.enough,
@@ -139,11 +140,23 @@ def _beside(target: Beside, timed: list[Row]) -> Iterable[Verdict]:
         "operation": row.operations / other.operations,
     }
     ratio = other.seconds / row.seconds * units[target.per]
-    m = "" if target.m == target.other_m else f" M={target.other_m}"
-    threads = "" if row.threads == other.threads else f" {other.threads} thread"
-    against = f"{other.work}{m}{threads}, a {target.per}"
+    against = f"{_difference(row, other)}, per {target.per}"
     noisy = row.noisy or other.noisy
     yield Verdict(row, against, ratio, target.least, target.per, noisy)
+
+
+def _difference(row: Row, other: Row) -> str:
+    """What sets the other row apart, in a few words."""
+    words = []
+    if row.work.weight != other.work.weight:
+        words.append(other.work.weight)
+    if (row.work.n, row.work.k) != (other.work.n, other.work.k):
+        words.append(f"({other.work.n}, {other.work.k})")
+    if row.m != other.m:
+        words.append(f"M={other.m}")
+    if row.threads != other.threads:
+        words.append(f"{other.threads} thread" + "s" * (other.threads > 1))
+    return " ".join(words) or "itself"
 
 
 def _find(entrant: Entrant, m: int, timed: list[Row]) -> Row | None:
