@@ -137,9 +137,11 @@ def test_a_kernel_need_not_quantize_everything(inside):
     assert seen.given == []
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("x", [(3, 64), (2, 3, 64), (64,)])
-def test_the_reference_says_where_a_number_is_not_finite(inside, x):
-    given, w, seen = normal(*x), random_qarray("int4_g32", 17, 64).T, inside()
+def test_the_reference_says_where_a_number_is_not_finite(inside, x, stacked):
+    given, seen = normal(*x), inside()
+    w = lb.quantize(normal(*([2] if stacked else []), 17, 64), "int4_g32").mT
     plan = lb.plan(given, w, x_format="int8_row")
     given[..., -2] = np.inf
     with pytest.raises(ValueError, match="infinit") as wanted:

@@ -17,6 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit as lb
+from lowbit import kernels
+from lowbit.formats.reference import Packed
+from lowbit.kernels.reference import KERNELS as REFERENCE
 from lowbit.testing import conformance, random_qarray, strategies
 
 RNG = np.random.default_rng(0)
@@ -183,13 +186,21 @@ def test_out_decides_the_dtype_of_the_plan():
     assert (out == lb.matmul(x, w, out_dtype="float16")).all()
 
 
-def test_out_may_be_an_operand():
-    w = random_qarray("int4_g32", 32, 32).T
-    x, rest = normal(32, 32), normal(32, 32)
-    wanted = lb.matmul(x, w, residual=rest)
-    plan = lb.plan(x, w, residual=rest)
-    assert (plan(x, residual=rest, out=rest) == wanted).all()
-    assert (plan(x, out=x) == wanted).all()
+def test_out_may_be_an_operand_or_overlap_one():
+    w = random_qarray("int4_g32", 130, 130).T  # more than one tile: the first is written early
+    x, rest = normal(32, 130), normal(33, 130)
+    wanted = lb.matmul(x, w, residual=rest[1:])
+    plan = lb.plan(x, w, residual=rest[1:])
+    for call in (
+        lambda given, held: plan(given, residual=held[1:], out=held[:-1]),
+        lambda given, held: lb.matmul(given, w, residual=held[1:], out=held[:-1]),
+        lambda given, held: plan(given, out=given),
+        lambda given, held: lb.matmul(given, w, residual=held[1:], out=given),
+    ):
+        assert (call(x.copy(), rest.copy()) == wanted).all()
+    bias = np.arange(32 * 130, dtype=np.float32).reshape(32, 130)
+    wanted = lb.matmul(x, w, bias=bias[3].copy())
+    assert (lb.matmul(x, w, bias=bias[3], out=bias) == wanted).all()
 
 
 def test_results_are_fresh_and_aligned():
@@ -353,14 +364,55 @@ def test_no_weight_is_held_twice(prepared, stacked):
     assert held < w.nbytes / 8
 
 
-def test_a_weight_in_pieces_is_gathered_at_each_call():
-    whole = random_qarray("int4_g32", 64, 2048)
-    x = normal(3, 1024)
-    for w in (whole[:, :1024], whole[::-2, :1024], whole[:, :1024].prepare()):
-        plan = lb.plan(x, w.T)
-        conformance.same_bits(plan(x), lb.matmul(x, w.copy().T))
-    across = random_qarray("int4_g32", 1024, 64).prepare()
-    conformance.same_bits(lb.plan(x, across)(x), lb.matmul(x, across.copy()))
+def in_pieces():
+    """A weight in memories that kernels do not read, and whole."""
+    whole = random_qarray("uint4_g32_asym", 256, 2048)
+    codes, scales, zeros = whole.codes, whole.scales, whole.zeros
+    assert zeros is not None
+    for parts in (
+        (codes[::-1].copy()[::-1], scales, zeros),
+        (np.asfortranarray(codes), scales, zeros),
+        (codes, np.asfortranarray(scales), zeros),
+        (codes, scales, np.repeat(zeros, 2, axis=1)[:, ::2]),
+    ):
+        yield lb.from_parts(whole.format, parts[0], parts[1], zeros=parts[2]), whole
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_weight_in_pieces_is_gathered_at_each_call(number):
+    w, whole = list(in_pieces())[number]
+    x = normal(3, 2048)
+    wanted = lb.matmul(x, whole.T)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    plan = lb.plan(x, w.T)
+    for _ in range(2):
+        conformance.same_bits(plan(x), wanted)
+        conformance.same_bits(lb.matmul(x, w.T), wanted)
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert held < w.nbytes / 4
+    conformance.same_bits(lb.plan(normal(3, 256), w)(normal(3, 256) * 0), np.zeros((3, 2048), "f4"))
+
+
+def test_a_prepared_weight_the_other_way_round_is_restored_at_each_call(monkeypatch):
+    """The problem says that it is held as rows, so rows it is that a kernel gets."""
+    seen = []
+
+    def bind(w):
+        seen.append(w)
+        return REFERENCE[0].build(problem)(w)
+
+    w = random_qarray("int4_g32", 256, 2048)
+    x = normal(3, 256)
+    wanted = lb.matmul(x, w)
+    problem = lb.explain(x, w.prepare()).problem
+    monkeypatch.setattr(kernels, "prepared", lambda *_: bind)
+    plan = lb.plan(x, w.prepare())
+    for _ in range(2):
+        conformance.same_bits(plan(x), wanted)
+    assert problem.layout == "rows"
+    assert [type(each) for each in seen] == [Packed, Packed]
 
 
 def test_any_number_of_threads_may_call():

@@ -48,6 +48,42 @@ def test_what_was_multiplied_once_is_remembered(x, w, options, monkeypatch):
     assert len(made) == 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": np.arange(64.0)},
+        {"activation": "relu"},
+        {"residual": np.arange(64.0)},
+        {"alpha": 2},
+        {"x_format": "int8_row"},
+        {"x_format": "int8_tensor", "x_scale": 0.1},
+        {"out_dtype": "float16"},
+        {"out": np.zeros((3, 64), np.float16)},
+        {"kernel": "reference"},
+        {"batch_invariant": True},
+    ],
+)
+def test_a_plain_product_before_stands_for_no_other(options, monkeypatch):
+    x, w = normal(3, 64), random_qarray("int4_g32", 64, 64)
+    wanted = lb.matmul(x, w.copy().T, **options)
+    plain = lb.matmul(x, w.T)
+    made = counted(monkeypatch)
+    for _ in range(2):
+        got = lb.matmul(x, w.T, **options)
+        conformance.same_bits(got, wanted)
+        conformance.same_bits(lb.matmul(x, w.T), plain)
+    assert len(made) == ("alpha" not in options), "alpha is a number of the call"
+
+
+def test_either_side_of_a_square_is_remembered_by_itself():
+    x, w = normal(64, 64), random_qarray("int4_g32", 64, 64)
+    for first, second in ((x, w), (w, x), (x, w.T), (w.T, x)):
+        wanted = [lb.dequantize(s, "float64") if s is not x else x for s in (first, second)]
+        for _ in range(2):
+            got = lb.matmul(first, second)
+            assert np.abs(got - wanted[0] @ wanted[1]).max() < 1e-2
+
+
 def test_another_number_of_threads_is_another_choice(monkeypatch):
     made, w = counted(monkeypatch), random_qarray("int4_g32", 64, 64).T
     x = normal(3, 64)

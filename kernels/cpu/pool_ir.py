@@ -13,6 +13,9 @@ One word, the gate, says everything about a job, so that every step is one atomi
 - close: the owner takes the seats away, then waits until active is 0. Only then is the memory of
   the caller left alone for good, and the pool free for the next owner.
 
+Tiles are taken several at a time, an eighth of what is left with two threads: threads rarely want
+the same line of memory, each reads weights that lie together, and the last tiles go one by one.
+
 Idle workers sleep on the job number (upper half of the gate), a waiting owner on the lower half.
 A worker counts itself as sleeping before the kernel compares the number, and the owner publishes
 before it reads that count, both sequentially consistent: one of them sees the other.
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 from string import Template
 
-from lowbit.kernels.cpu import float_mode
+from lowbit.kernels.cpu import float_mode, pool_system
 
 FUTEX_SYSCALL = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
 """Number of futex(2) by platform.machine()."""
@@ -31,6 +34,7 @@ DONE, OPEN, LOST = -1, -2, -3
 """What the entry points return; a number from 0 up is the tile at which to go on serially."""
 
 MOST_WORKERS = 1023
+_MOST_TILES = 8  # taken at a time, a power of two: all of them pass before a signal is seen
 
 # pause takes 40 to 140 cycles on x86-64; elsewhere "yield" is a hint of one cycle.
 _PAUSE = {
@@ -38,143 +42,38 @@ _PAUSE = {
     "aarch64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
 }
 
-_TEXT = Template("""
+_TYPES = """
 %State = type { i64, [56 x i8], i64, [56 x i8], i64, [56 x i8], i64, [56 x i8],
                 i64, i64, [48 x i8], %Job }
 ;          gate 0, next tile 2, owner's ticket 4, sleepers 6, workers 8, orphaned 9, job 11
-%Job = type { ptr, ptr, i64, i64, ptr, i32 }
-;          function, argument, tiles, scratch bytes, the owner's scratch, the owner's processor
+%Job = type { ptr, ptr, i64, i64, ptr, i32, i64 }
+;          function, argument, tiles, scratch bytes, the owner's scratch, the owner's processor,
+;          parts: of what is left, one is taken at a time
 %Call = type { ptr, i64, ptr, ptr, i64, i64, i64, ptr, i64 }
 ;          state, ticket, function, argument, first tile, tiles, scratch bytes, scratch, helpers
 
 @worker_name = private constant [14 x i8] c"lowbit worker\\00"
 
 $declare_pause
-declare i32 @clock_gettime(i32, ptr)
-declare i64 @syscall(i64, ...)
-declare i32 @prctl(i32, ...)
-declare i32 @sched_getcpu()
-declare i32 @sched_getaffinity(i32, i64, ptr)
-declare i32 @sched_setaffinity(i32, i64, ptr)
-declare ptr @aligned_alloc(i64, i64)
-declare void @free(ptr)
-declare i32 @sigfillset(ptr)
-declare i32 @sigdelset(ptr, i32)
-declare i32 @pthread_sigmask(i32, ptr, ptr)
-declare i32 @pthread_attr_init(ptr)
-declare i32 @pthread_attr_setdetachstate(ptr, i32)
-declare i32 @pthread_attr_setstacksize(ptr, i64)
-declare i32 @pthread_attr_destroy(ptr)
-declare i32 @pthread_create(ptr, ptr, ptr, ptr)
-declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
+"""
 
-define internal i64 @now() {
-  %time = alloca [2 x i64]
-  %failed = call i32 @clock_gettime(i32 1, ptr %time)
-  %seconds = load i64, ptr %time
-  %rest_at = getelementptr i64, ptr %time, i64 1
-  %rest = load i64, ptr %rest_at
-  %whole = mul i64 %seconds, 1000000000
-  %sum = add i64 %whole, %rest
-  ret i64 %sum
-}
-
-define internal void @futex_wait(ptr %word, i32 %seen) {
-  %wide = zext i32 %seen to i64
-  %result = call i64 (i64, ...) @syscall(i64 $futex, ptr %word, i64 128, i64 %wide, ptr null)
-  ret void
-}
-
-define internal void @futex_wake(ptr %word, i32 %threads) {
-  %wide = sext i32 %threads to i64
-  %result = call i64 (i64, ...) @syscall(i64 $futex, ptr %word, i64 129, i64 %wide)
-  ret void
-}
-
-; A worker that woke up on the owner's processor moves away, else one of the two waits. Linux wakes
-; it there again and again in a virtual machine, where it takes a halted processor for a busy one
-; (on two of them, 2 tiles of 80 us took 165 us). One move lasts: the next wake starts from there.
-define internal void @make_room(ptr %state) {
-entry:
-  %mask = alloca [128 x i64]
-  %owner_at = getelementptr %State, ptr %state, i64 0, i32 11, i32 5
-  %owner = load atomic i32, ptr %owner_at monotonic, align 8
-  %here = call i32 @sched_getcpu()
-  %same = icmp eq i32 %owner, %here
-  %known = icmp ult i32 %here, 8192
-  %move = and i1 %same, %known
-  br i1 %move, label %ask, label %out
-ask:
-  %failed = call i32 @sched_getaffinity(i32 0, i64 1024, ptr %mask)
-  %got = icmp eq i32 %failed, 0
-  br i1 %got, label %change, label %out
-change:
-  %byte = lshr i32 %here, 3
-  %low = and i32 %here, 7
-  %byte_at = getelementptr i8, ptr %mask, i32 %byte
-  %narrow = trunc i32 %low to i8
-  %bit = shl i8 1, %narrow
-  %allowed = load i8, ptr %byte_at
-  %others = xor i8 %allowed, %bit
-  store i8 %others, ptr %byte_at
-  ; Refused where this is the only processor.
-  %r0 = call i32 @sched_setaffinity(i32 0, i64 1024, ptr %mask)
-  store i8 %allowed, ptr %byte_at
-  %r1 = call i32 @sched_setaffinity(i32 0, i64 1024, ptr %mask)
-  br label %out
-out:
-  ret void
-}
-
-; Zeroed memory that is never given back: workers look at it until the process ends.
-define ptr @lowbit_pool_create() {
-  %state = call ptr @aligned_alloc(i64 64, i64 $state_bytes)
-  %none = icmp eq ptr %state, null
-  br i1 %none, label %out, label %clear
-clear:
-  call void @llvm.memset.p0.i64(ptr %state, i8 0, i64 $state_bytes, i1 false)
-  br label %out
-out:
-  ret ptr %state
-}
-
-; Start up to `wanted` more workers; returns how many there are now.
-define i64 @lowbit_pool_spawn(ptr %state, i64 %wanted) {
-entry:
-  %all = alloca [32 x i64]
-  %before = alloca [32 x i64]
-  %attributes = alloca [32 x i64]
-  %thread = alloca i64
-  %workers_at = getelementptr %State, ptr %state, i64 0, i32 8
-  %r0 = call i32 @sigfillset(ptr %all)
-  ; A fault of the thread itself (ILL, TRAP, BUS, FPE, SEGV) must still reach its handler.
-  %r1 = call i32 @sigdelset(ptr %all, i32 4)
-  %r2 = call i32 @sigdelset(ptr %all, i32 5)
-  %r3 = call i32 @sigdelset(ptr %all, i32 7)
-  %r4 = call i32 @sigdelset(ptr %all, i32 8)
-  %r5 = call i32 @sigdelset(ptr %all, i32 11)
-  %r6 = call i32 @pthread_sigmask(i32 2, ptr %all, ptr %before)
-  %r7 = call i32 @pthread_attr_init(ptr %attributes)
-  %r8 = call i32 @pthread_attr_setdetachstate(ptr %attributes, i32 1)
-  %r9 = call i32 @pthread_attr_setstacksize(ptr %attributes, i64 $stack_bytes)
-  br label %test
-test:
-  %made = phi i64 [0, %entry], [%made1, %count]
-  %more = icmp slt i64 %made, %wanted
-  br i1 %more, label %create, label %finish
-create:
-  %failed = call i32 @pthread_create(ptr %thread, ptr %attributes, ptr @worker, ptr %state)
-  %good = icmp eq i32 %failed, 0
-  br i1 %good, label %count, label %finish
-count:
-  %made1 = add i64 %made, 1
-  %was = atomicrmw add ptr %workers_at, i64 1 seq_cst
-  br label %test
-finish:
-  %r10 = call i32 @pthread_attr_destroy(ptr %attributes)
-  %r11 = call i32 @pthread_sigmask(i32 2, ptr %before, ptr null)
-  %workers = load atomic i64, ptr %workers_at seq_cst, align 8
-  ret i64 %workers
+_TEXT = """
+; The tiles to do next: the first of them, and the one after the last, at most `tiles`.
+define internal { i64, i64 } @take(ptr %next_at, i64 %tiles, i64 %parts) {
+  %seen = load atomic i64, ptr %next_at monotonic, align 64
+  %left = sub i64 %tiles, %seen
+  %part = sdiv i64 %left, %parts
+  %few = icmp slt i64 %part, 1
+  %some = select i1 %few, i64 1, i64 %part
+  %many = icmp sgt i64 %some, $most_tiles
+  %chunk = select i1 %many, i64 $most_tiles, i64 %some
+  %first = atomicrmw add ptr %next_at, i64 %chunk monotonic
+  %after = add i64 %first, %chunk
+  %beyond = icmp sgt i64 %after, %tiles
+  %end = select i1 %beyond, i64 %tiles, i64 %after
+  %pair = insertvalue { i64, i64 } poison, i64 %first, 0
+  %both = insertvalue { i64, i64 } %pair, i64 %end, 1
+  ret { i64, i64 } %both
 }
 
 define internal ptr @worker(ptr %state) {
@@ -227,6 +126,7 @@ fit:
   %argument = extractvalue %Job %job, 1
   %tiles = extractvalue %Job %job, 2
   %wanted = extractvalue %Job %job, 3
+  %parts = extractvalue %Job %job, 6
   %fits = icmp sle i64 %wanted, %size
   br i1 %fits, label %work, label %grow
 grow:
@@ -240,12 +140,17 @@ grow:
 work:
   %memory1 = phi ptr [%memory, %fit], [%grown, %grow], [%memory1, %tile]
   %size1 = phi i64 [%size, %fit], [%rounded, %grow], [%size1, %tile]
-  %index = atomicrmw add ptr %next_at, i64 1 monotonic
-  %todo = icmp slt i64 %index, %tiles
+  %taken_tiles = call { i64, i64 } @take(ptr %next_at, i64 %tiles, i64 %parts)
+  %first = extractvalue { i64, i64 } %taken_tiles, 0
+  %end = extractvalue { i64, i64 } %taken_tiles, 1
+  %todo = icmp slt i64 %first, %tiles
   br i1 %todo, label %tile, label %leave
 tile:
+  %index = phi i64 [%first, %work], [%index1, %tile]
   call void %function(ptr %argument, i64 %index, ptr %memory1)
-  br label %work
+  %index1 = add i64 %index, 1
+  %more = icmp slt i64 %index1, %end
+  br i1 %more, label %tile, label %work
 leave:
   %memory2 = phi ptr [null, %grow], [%memory1, %work]
   %size2 = phi i64 [0, %grow], [%size1, %work]
@@ -285,6 +190,7 @@ publish:
   %job_wanted = getelementptr %State, ptr %state, i64 0, i32 11, i32 3
   %job_scratch = getelementptr %State, ptr %state, i64 0, i32 11, i32 4
   %job_processor = getelementptr %State, ptr %state, i64 0, i32 11, i32 5
+  %job_parts = getelementptr %State, ptr %state, i64 0, i32 11, i32 6
   %next_at = getelementptr %State, ptr %state, i64 0, i32 2
   %number_at = getelementptr i8, ptr %state, i64 4
   %sleepers_at = getelementptr %State, ptr %state, i64 0, i32 6
@@ -294,6 +200,9 @@ publish:
   store i64 %tiles, ptr %job_tiles
   store i64 %wanted, ptr %job_wanted
   store ptr %scratch, ptr %job_scratch
+  %threads = add i64 %helpers, 1
+  %parts = mul i64 %threads, $parts_each
+  store i64 %parts, ptr %job_parts
   %processor = call i32 @sched_getcpu()
   store atomic i32 %processor, ptr %job_processor monotonic, align 8
   store atomic i64 0, ptr %next_at monotonic, align 64
@@ -330,11 +239,15 @@ several:
   %since = call i64 @now()
   br label %tile
 tile:
-  %index = phi i64 [%first, %several], [%index1, %clock]
+  %index = phi i64 [%first, %several], [%index1, %next], [%index1, %clock]
   call void %function(ptr %argument, i64 %index, ptr %scratch)
   %index1 = add i64 %index, 1
   %more = icmp slt i64 %index1, %tiles
-  br i1 %more, label %clock, label %done
+  br i1 %more, label %next, label %done
+next:
+  %low = and i64 %index1, ${most_tiles_less_one}
+  %ask = icmp eq i64 %low, 0
+  br i1 %ask, label %clock, label %tile
 clock:
   %time = call i64 @now()
   %spent = sub i64 %time, %since
@@ -356,14 +269,22 @@ entry:
   %argument = extractvalue %Job %job, 1
   %tiles = extractvalue %Job %job, 2
   %scratch = extractvalue %Job %job, 4
+  %parts = extractvalue %Job %job, 6
   %since = call i64 @now()
   br label %look
 look:
-  %index = atomicrmw add ptr %next_at, i64 1 monotonic
-  %todo = icmp slt i64 %index, %tiles
+  %taken = call { i64, i64 } @take(ptr %next_at, i64 %tiles, i64 %parts)
+  %first = extractvalue { i64, i64 } %taken, 0
+  %end = extractvalue { i64, i64 } %taken, 1
+  %todo = icmp slt i64 %first, %tiles
   br i1 %todo, label %tile, label %finish
 tile:
+  %index = phi i64 [%first, %look], [%index1, %tile]
   call void %function(ptr %argument, i64 %index, ptr %scratch)
+  %index1 = add i64 %index, 1
+  %more = icmp slt i64 %index1, %end
+  br i1 %more, label %tile, label %clock
+clock:
   %time = call i64 @now()
   %spent = sub i64 %time, %since
   %late = icmp sgt i64 %spent, $slice_ns
@@ -459,14 +380,14 @@ define void @lowbit_pool_orphan(ptr %state) {
   store atomic i64 0, ptr %state seq_cst, align 64
   ret void
 }
-""")
+"""
 
 
 def text(machine: str) -> str:
     """Return the module for this platform.machine(), one of FUTEX_SYSCALL."""
     declare_pause, pause = _PAUSE.get(machine, ("", ""))
     active, dozing, seats = 0x7FFF, 0x8000, 0xFFFF << 16
-    return float_mode.text(machine) + _TEXT.substitute(
+    return float_mode.text(machine) + Template(_TYPES + pool_system.TEXT + _TEXT).substitute(
         declare_pause=declare_pause,
         pause=pause,
         futex=FUTEX_SYSCALL[machine],
@@ -482,8 +403,11 @@ def text(machine: str) -> str:
         stack_bytes=2 << 20,
         # Long enough to stay awake between two matmuls called from a Python loop.
         spin_ns=50_000,
-        # Ctrl-C is seen after this plus one tile.
+        # Ctrl-C is seen after this plus the tiles of one taking.
         slice_ns=50_000_000,
+        parts_each=4,
+        most_tiles=_MOST_TILES,
+        most_tiles_less_one=_MOST_TILES - 1,
         done=DONE,
         open=OPEN,
         lost=LOST,
