@@ -1,7 +1,8 @@
 """x as the micro-kernels read it: converted, permuted, padded, one row a tile of the pool.
 
 Numbers of x become operands (see `steps`), each granule in the order in which the codes of w come
-out of their words. Zeros follow the last column, and each segment where tiles are not full.
+out of their words. Zeros follow the last column, and each segment where tiles are not full. For
+tiles, sixteen rows lie together, 64 bytes of each at a time.
 Quantization of activations and the sums of integer codes happen on the way, while a row is in the
 nearest cache.
 """
@@ -18,8 +19,9 @@ from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import absmax, native, pack, pool
 from lowbit.kernels.cpu.decode import decoder
 from lowbit.kernels.cpu.epilogue import narrow
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import INT, LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
+from lowbit.kernels.cpu.tiles import TALL
 
 CHUNK = 64  # bytes
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int16": 2, "int32": 4}
@@ -38,6 +40,7 @@ class Arrangement:
     """Code of a granule by its place."""
     quantized: bool = False
     """Float numbers become codes of a signed integer, by the largest magnitude of each block."""
+    tiled: bool = False
     sums: bool = False
     """The codes of each segment are summed."""
 
@@ -62,10 +65,12 @@ class Arguments(NamedTuple):
     k: int
     out: int
     out_stride: int  # bytes
-    width: int  # bytes of a row of operands, whole chunks
+    chunks: int  # of a row of operands
+    tile: int  # bytes of a row that one tile has, at most a chunk
     segment: int  # columns
     segments: int
-    apart: int  # operands from one segment to the next; 0: as many as it has columns
+    segment_tiles: int
+    padded: int  # 1: some tile is not full
     scales: int
     scales_stride: int
     block: int  # columns that share a scale
@@ -93,15 +98,18 @@ def text(each: Arrangement, isa: Isa) -> str:
         a[name] = f.load(kind, f.at(block, 8 * i), 4)
     row = f.at(a["x"], f.mul(number, a["x_stride"]))
     natural = f.at(scratch, a["natural_at"])
-    padded = f.compare("ne", a["apart"], 0)
     size = SIZES[each.target]
+    whole = Value("i1", "true")
+    if each.tiled:
+        full = f.compare("eq", a["tile"], CHUNK)
+        whole = f.op("and", full, f.compare("eq", a["padded"], 0))
     if each.quantized:
         codes = natural if each.target == "int8" else f.at(scratch, CHUNK)
         _quantize(f, each, a, row, number, codes)
         if each.target != "int8":
             _convert(f, "int8", each.target, a["k"], codes, natural, scratch)
     elif each.copied:
-        row = _copied(f, padded, row, natural, f.mul(a["k"], size))
+        row = _copied(f, whole, row, natural, f.mul(a["k"], size))
     else:
         if each.bits < 8:
             row = _expanded(f, each.bits, a["k"], row, f.at(scratch, CHUNK))
@@ -109,17 +117,14 @@ def text(each: Arrangement, isa: Isa) -> str:
     if not each.copied:
         row = natural
         _zero(f, f.at(natural, f.mul(a["k"], size)), 4 * CHUNK)
-    out = f.at(a["out"], f.mul(number, a["out_stride"]))
-
-    def apart() -> list[Value]:
-        _segments(f, each, a, row, out)
-        return []
-
-    def together() -> list[Value]:
-        _chunks(f, each, a, row, out, scratch)
-        return []
-
-    f.either(padded, apart, together)
+    if not each.tiled:
+        out = f.at(a["out"], f.mul(number, a["out_stride"]))
+        _chunks(f, each, a, row, out, scratch, 1)
+    else:
+        above = f.mul(f.op("udiv", number, TALL), TALL)
+        place = f.mul(f.op("sub", number, above), CHUNK)
+        out = f.at(f.at(a["out"], f.mul(above, a["out_stride"])), place)
+        _tiles(f, each, a, row, out, scratch, whole)
     if each.sums:
         _sums(f, each, a, row, number)
     return module.text()
@@ -144,15 +149,15 @@ def _quantize(
         )
 
 
-def _copied(f: Function, padded: Value, row: Value, natural: Value, size: Value) -> Value:
-    """The row itself; where segments lie apart, a copy with zeros behind it."""
+def _copied(f: Function, whole: Value, row: Value, natural: Value, size: Value) -> Value:
+    """The row itself; where it is not taken by whole chunks, a copy with zeros behind it."""
 
     def copy() -> list[Value]:
         _move(f, row, natural, size)
         _zero(f, f.at(natural, size), 4 * CHUNK)
         return [natural]
 
-    (found,) = f.either(padded, copy, lambda: [row])
+    (found,) = f.either(whole, lambda: [row], copy)
     return found
 
 
@@ -191,9 +196,7 @@ def _convert(
 
     whole = f.mul(f.op("udiv", k, LANES), LANES)
     with f.loop(0, whole, LANES) as loop:
-        sixteen(
-            f.at(row, f.mul(loop.index, stored // 8)), f.at(natural, f.mul(loop.index, size))
-        )
+        sixteen(f.at(row, f.mul(loop.index, stored // 8)), f.at(natural, f.mul(loop.index, size)))
     with f.when(f.compare("slt", whole, k)):
         _zero(f, scratch, CHUNK)
         left = f.mul(f.op("sub", k, whole), stored // 8)
@@ -202,36 +205,68 @@ def _convert(
 
 
 def _chunks(
-    f: Function, each: Arrangement, a: dict[str, Value], row: Value, out: Value, scratch: Value
+    f: Function,
+    each: Arrangement,
+    a: dict[str, Value],
+    row: Value,
+    out: Value,
+    scratch: Value,
+    pitch: int,
 ) -> None:
-    """A row without gaps, chunk by chunk."""
+    """A row chunk by chunk, `pitch` chunks apart."""
     size = f.mul(a["k"], SIZES[each.target])
     whole = f.mul(f.op("udiv", size, CHUNK), CHUNK)
     with f.loop(0, whole, CHUNK) as loop:
-        _permuted(f, each, f.at(row, loop.index), f.at(out, loop.index), CHUNK)
-    done = whole
+        _permuted(f, each, f.at(row, loop.index), f.at(out, f.mul(loop.index, pitch)), CHUNK)
     with f.when(f.compare("slt", whole, size)):
         _zero(f, scratch, CHUNK)
         _move_bytes(f, f.at(row, whole), scratch, f.op("sub", size, whole))
-        _permuted(f, each, scratch, f.at(out, whole), CHUNK)
-    done = f.mul(f.over(size, CHUNK), CHUNK)
-    with f.loop(done, a["width"], CHUNK) as loop:
-        f.store(constant(INT, 0), f.at(out, loop.index), 4)
+        _permuted(f, each, scratch, f.at(out, f.mul(whole, pitch)), CHUNK)
+    with f.loop(f.over(size, CHUNK), a["chunks"]) as loop:
+        f.store(constant(INT, 0), f.at(out, f.mul(loop.index, pitch * CHUNK)), 4)
 
 
-def _segments(f: Function, each: Arrangement, a: dict[str, Value], row: Value, out: Value) -> None:
-    """A row whose segments lie apart, granule by granule."""
-    size, granule = SIZES[each.target], len(each.order)
-    with f.loop(0, a["width"], CHUNK) as loop:
-        f.store(constant(INT, 0), f.at(out, loop.index), 4)
-    with f.loop(0, a["segments"]) as loop:
-        first = f.mul(loop.index, a["segment"])
-        count = f.least(f.op("sub", a["k"], first), a["segment"])
-        source = f.at(row, f.mul(first, size))
-        to = f.at(out, f.mul(f.mul(loop.index, a["apart"]), size))
-        with f.loop(0, f.over(count, granule)) as inner:
-            offset = f.mul(inner.index, granule * size)
-            _permuted(f, each, f.at(source, offset), f.at(to, offset), granule * size)
+def _tiles(
+    f: Function,
+    each: Arrangement,
+    a: dict[str, Value],
+    row: Value,
+    out: Value,
+    scratch: Value,
+    whole: Value,
+) -> None:
+    """A row of tiles: whole chunks, or as many pieces as a tile has."""
+    granule = len(each.order) * SIZES[each.target]
+    piece = max(16, granule)
+
+    def chunks() -> list[Value]:
+        _chunks(f, each, a, row, out, scratch, TALL)
+        return []
+
+    def pieces() -> list[Value]:
+        with f.loop(0, a["chunks"]) as loop:
+            f.store(constant(INT, 0), f.at(out, f.mul(loop.index, TALL * CHUNK)), 4)
+        even = f.compare("eq", f.op("urem", a["tile"], piece), 0)
+        whole = f.op("and", even, f.compare("eq", a["padded"], 0))
+        f.either(whole, lambda: cut(piece), lambda: cut(granule))
+        return []
+
+    def cut(size: int) -> list[Value]:
+        with f.loop(0, a["segments"]) as loop:
+            first = f.mul(loop.index, a["segment"])
+            count = f.mul(f.least(f.op("sub", a["k"], first), a["segment"]), SIZES[each.target])
+            source = f.at(row, f.mul(first, SIZES[each.target]))
+            to = f.at(out, f.mul(f.mul(loop.index, a["segment_tiles"]), TALL * CHUNK))
+            with f.loop(0, f.over(count, a["tile"])) as tile:
+                start = f.mul(tile.index, a["tile"])
+                stop = f.least(f.op("sub", count, start), a["tile"])
+                begin = f.at(to, f.mul(tile.index, TALL * CHUNK))
+                with f.loop(0, stop, size) as inner:
+                    at = f.at(source, f.add(start, inner.index))
+                    _permuted(f, each, at, f.at(begin, inner.index), size)
+        return []
+
+    f.either(whole, chunks, pieces)
 
 
 def _permuted(f: Function, each: Arrangement, source: Value, to: Value, size: int) -> None:
@@ -241,7 +276,9 @@ def _permuted(f: Function, each: Arrangement, source: Value, to: Value, size: in
     held = f.load(kind, source, 1)
     if each.order != tuple(range(granule)):
         places = range(size // width)
-        held = f.shuffle(held, held, [i // granule * granule + each.order[i % granule] for i in places])
+        held = f.shuffle(
+            held, held, [i // granule * granule + each.order[i % granule] for i in places]
+        )
     f.store(held, to, 1)
 
 

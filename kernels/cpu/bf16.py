@@ -24,13 +24,9 @@ def _spec(p: Problem) -> gemm.Spec:
     fmt = p.w
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
     few = p.m <= operands.FEW
-    method = "direct" if few else "decoded"
-    # Tiles sum in an order of their own, so every m takes them where bits must not depend on it.
-    if operands.isa_of(p).amx and (p.batch_invariant or not few):
-        method = "tiles"
-    return gemm.Spec(
+    spec = gemm.Spec(
         inner="bf16",
-        method=method,
+        method="direct" if few else "decoded",
         element=fmt.element,
         layout=p.layout,
         scale=operands.scale_kind(fmt),
@@ -42,6 +38,11 @@ def _spec(p: Problem) -> gemm.Spec:
         out=p.out,
         residual=p.residual,
     )
+    isa = operands.isa_of(p)
+    # Tiles sum in an order of their own, so every m takes them where bits must not depend on it.
+    if isa.amx and (p.batch_invariant or not few):
+        return gemm.for_tiles(spec, isa, m=p.m, segment=operands.segment_of(p), k=p.k)
+    return spec
 
 
 def _accepts(p: Problem) -> str | None:

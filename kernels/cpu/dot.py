@@ -6,17 +6,15 @@ from lowbit.kernels.cpu import gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.declare import Bind, FusedBind, Kernel, Problem, Roundings
+from lowbit.kernels.layouts import WIDTHS, granule
 
 
 def _spec(p: Problem) -> gemm.Spec:
     fmt = p.w
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
-    method = "direct" if p.m <= operands.FEW else "decoded"
-    if operands.isa_of(p).amx and p.m > operands.FEW:
-        method = "tiles"
-    return gemm.Spec(
+    spec = gemm.Spec(
         inner="dot",
-        method=method,
+        method="direct" if p.m <= operands.FEW else "decoded",
         element=fmt.element,
         layout=p.layout,
         scale=operands.scale_kind(fmt),
@@ -27,6 +25,10 @@ def _spec(p: Problem) -> gemm.Spec:
         out=p.out,
         residual=p.residual,
     )
+    isa, segment = operands.isa_of(p), _segment(p)
+    if isa.amx and p.m > operands.FEW and segment is not None:
+        return gemm.for_tiles(spec, isa, m=p.m, segment=segment, k=p.k)
+    return spec
 
 
 def _segment(p: Problem) -> int | None:
@@ -39,7 +41,8 @@ def _segment(p: Problem) -> int | None:
     longest = gemm.longest_segment(p.x.element, p.w.element, operands.zero_kind(p.w))
     if segment <= longest:
         return segment
-    step = gemm.granule(_spec(p))
+    packed = p.layout == "words16" or p.w.element.bits in WIDTHS
+    step = granule(p.w.element.bits) if packed else 4
     if segment == p.k:
         return longest // step * step
     fitting = (segment // parts for parts in range(2, segment // step + 1) if segment % parts == 0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,9 +34,19 @@ from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS
 
 _BLOCK = struct.Struct(program.FORMAT)
 _TILE_STEPS = 16  # 32-bit steps of the widest AMX tile
-# Vectors of a panel that are decoded at a time: four panels of them stay in the second level
-# cache (AMX reads half of them again and again, from the first), or in the first one.
-_UNROLLED = {"tiles": 256, "decoded": 96}
+# Vectors of a panel that are decoded at a time, to stay in the first level cache. Fewer where sums
+# are scaled in between, which need room as well.
+_DECODED = {"tiles": 128, "decoded": 96}
+_SCALED = 64
+# Rows of a tile, at least and at most, and 32-bit steps of each lane that stay below a hundredth of
+# a second.
+_TALLEST = {
+    "tiles": (64, 256, 2**28),
+    "single": (TALL, TALL, 2**28),
+    "decoded": (TALL, 256, 2**21),
+    "direct": (TALL, 64, 2**21),
+}
+_NEAR = 3 << 19  # bytes of x that a tile works on
 _LONGEST = 4096  # granules of packed words that a tile goes through at a time
 _COPIED = 256  # words of canonical rows that are brought into scratch at a time
 
@@ -65,6 +75,15 @@ def refuse(spec: Spec, *, segment: int, k: int) -> str | None:
 def granule(spec: Spec) -> int:
     """Codes that are decoded together: scales change at multiples of it."""
     return Steps(spec, RECORDS[-1]).codes
+
+
+def for_tiles(spec: Spec, isa: Isa, *, m: int, segment: int, k: int) -> Spec:
+    """The same product in AMX's tiles: few rows decode just before they multiply."""
+    tiles = replace(spec, method="tiles")
+    steps = Steps(tiles, isa)
+    if m <= TALL and not steps.plain and not Units.of(tiles, steps, segment, k).padded:
+        return replace(spec, method="single")
+    return tiles
 
 
 def longest_segment(x: Element, w: Element, zero: str | None = None) -> int:
@@ -130,14 +149,14 @@ class Gemm:
             Most threads to use.
         """
         spec, steps = self.spec, self.steps
-        units = Units.of(spec, steps, segment, k)
-        tall = _tile_rows(spec, self.isa, m, k)
+        units = Units.of(spec, steps, segment, k, m)
+        tall = _tile_rows(spec, self.isa, m, units.columns(steps) // steps.parts)
         columns = -(-n // (GROUP * PANEL))
-        tiles = spec.method == "tiles"
+        tiles = spec.tiled
         held = -(-tall // TALL) * TALL if tiles else tall
         places = _Places()
         places.take("", held * ROW)  # the sums
-        carried = units.span > units.stretch
+        carried = units.stretch % units.segment
         places.take("carry_at", held * ROW if carried else 0)
         places.take("stage_at", STAGE if tiles else 0)
         block = (units.stretch // units.segment + 1) * ROW if k else 0
@@ -151,7 +170,7 @@ class Gemm:
         places.take("lines_at", (words + 4) * VECTOR if odd else 0)
         places.take("work_at", block if spec.scale_layout == "rows" else 0)
         unrolled = units.stretch * units.each * steps.count * ROW
-        places.take("operands_at", 0 if spec.method == "direct" else unrolled)
+        places.take("operands_at", unrolled if spec.method in _DECODED else 0)
         return Bound(
             self.entry,
             columns * -(-m // tall) if m > 0 and n > 0 else 0,
@@ -260,19 +279,19 @@ class Units:
     span: int
 
     @classmethod
-    def of(cls, spec: Spec, steps: Steps, segment: int, k: int) -> Units:
-        """Cut k columns whose scales change every `segment`."""
+    def of(cls, spec: Spec, steps: Steps, segment: int, k: int, m: int = 1) -> Units:
+        """Cut k columns whose scales change every `segment`, for m rows of x."""
         granules = -(-k // steps.codes)
         own = max(1, -(-min(segment, k) // steps.codes))
         each, many = 1, own
-        if spec.method == "tiles":
+        if spec.tiled:
             most = _TILE_STEPS // steps.count
             many = -(-own // most)
             each = -(-own // many)
         segments = -(-granules // own)
         final = granules - (segments - 1) * own
         total = (segments - 1) * many + -(-final // each) if granules else 0
-        stretch = span = max(1, min(_limit(spec, steps) // each, total))
+        stretch = span = max(1, min(_limit(spec, steps, m, scaled=segments > 1) // each, total))
         if many <= stretch:
             stretch = span = stretch // many * many
         else:
@@ -285,21 +304,22 @@ class Units:
     def padded(self) -> bool:
         """Some unit is not full."""
         full = self.segment * self.each
-        return full != self.segment_granules and self.total > 1 or bool(self.granules % self.each)
+        return (full != self.segment_granules and self.total > 1) or bool(self.granules % self.each)
 
     def columns(self, steps: Steps) -> int:
         """Operands of a row of x."""
         return self.total * self.each * steps.codes
 
 
-def _limit(spec: Spec, steps: Steps) -> int:
-    """Granules that a tile works on at a time."""
+def _limit(spec: Spec, steps: Steps, m: int, *, scaled: bool) -> int:
+    """Granules that a tile decodes at a time."""
     found = _LONGEST
-    if spec.method != "direct":
-        found = _UNROLLED[spec.method] // steps.count
+    if spec.method in _DECODED and not (steps.plain and m <= TALL):
+        vectors = _SCALED if spec.method == "tiles" and scaled else _DECODED[spec.method]
+        found = max(1, vectors // steps.count)
     if spec.layout == "rows":
         found = min(found, max(1, _COPIED // steps.words))
-    return max(1, found)
+    return found
 
 
 class _Places:
@@ -316,15 +336,13 @@ class _Places:
         self.end += size
 
 
-def _tile_rows(spec: Spec, isa: Isa, m: int, k: int) -> int:
-    """Rows of a tile: as many as possible, decoding once for all; below a hundredth of a second."""
-    most, speed = {"tiles": (512, 2**26), "decoded": (256, 2**21), "direct": (64, 2**21)}[
-        spec.method
-    ]
-    products = speed * isa.lanes
-    longest = max(TALL, min(most, products // (64 * max(k, 1)) // TALL * TALL))
+def _tile_rows(spec: Spec, isa: Isa, m: int, steps: int) -> int:
+    """Rows of a tile: decoding once for many pays, yet x should stay in the second level cache."""
+    least, most, products = _TALLEST[spec.method]
+    longest = min(products * isa.lanes // (64 * max(steps, 1)), _NEAR // (4 * max(steps, 1)))
+    longest = max(least, min(most, longest // TALL * TALL))
     blocks = max(1, -(-m // longest))
-    return max(1, -(-m // blocks // TALL) * TALL if blocks > 1 else m)
+    return -(-m // blocks // TALL) * TALL if blocks > 1 else max(1, m)
 
 
 @lru_cache(maxsize=1024)

@@ -235,6 +235,11 @@ class Function:
         """Write a value."""
         self.do(f"store {value}, {address}, align {align}")
 
+    def prefetch(self, address: Value) -> None:
+        """Ask for a cache line; the address need not exist."""
+        where = Value("i32", "0"), Value("i32", "2"), Value("i32", "1")
+        self.call("llvm.prefetch.p0", "void", address, *where)
+
     # Lanes.
 
     def splat(self, value: Value) -> Value:

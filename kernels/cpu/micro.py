@@ -47,6 +47,7 @@ class Micro(ABC):
         parameters |= {"x_scales": "ptr", "x_scales_stride": "i64", "x_block": "i64"}
         parameters |= {"x_sums": "ptr", "x_sums_stride": "i64"}
         parameters |= dict.fromkeys(("first", "last", "total", "segment", "tile"), "i64")
+        parameters |= {"fetch0": "ptr", "fetch1": "ptr", "lines": "i64"}
         name = f"rows{shape.rows}x{shape.panels}"
         self.function = module.function(name, parameters, "apart")
         self.values = dict(zip(parameters, self.function.parameters, strict=True))
@@ -55,21 +56,24 @@ class Micro(ABC):
     def _write(self) -> None:
         f, v = self.function, self.values
         start = f.op("udiv", v["first"], v["segment"])
-        with f.loop(start, f.over(v["last"], v["segment"])) as outer:
+        stop = f.over(v["last"], v["segment"])
+        with f.loop(start, stop) as outer:
             begin = f.mul(outer.index, v["segment"])
             end = f.add(begin, v["segment"])
             at = f.greatest(begin, v["first"])
-            stop = f.least(end, v["last"])
-            within = f.op("sub", outer.index, start)
+            until = f.least(end, v["last"])
             fresh = f.compare("eq", at, begin)
-            whole = f.compare("sge", stop, f.least(end, v["total"]))
-            self._segment(outer.index, within, at, stop, fresh, whole)
+            whole = f.compare("sge", until, f.least(end, v["total"]))
+            self._segment(outer.index, f.op("sub", outer.index, start), at, until, fresh, whole)
 
     @abstractmethod
     def _segment(
         self, segment: Value, within: Value, at: Value, stop: Value, fresh: Value, whole: Value
     ) -> None:
-        """Multiply [at, stop), which begins a segment where `fresh` and ends one where `whole`."""
+        """Multiply [at, stop), which begins a segment where `fresh` and ends one where `whole`.
+
+        `within` counts segments from the first one of the stretch.
+        """
 
     def _place(self, base: Value, row: int, panel: int) -> Value:
         return self.function.at(base, row * ROW + panel * VECTOR)

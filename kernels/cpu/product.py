@@ -57,20 +57,23 @@ def bind(p: Problem, spec: gemm.Spec, segment: int, dense: str | None = None) ->
 class _Left:
     """Brings x of one class of products into the form that its micro-kernels read."""
 
-    def __init__(
-        self, p: Problem, compiled: gemm.Gemm, segment: int, dense: str | None
-    ) -> None:
+    def __init__(self, p: Problem, compiled: gemm.Gemm, segment: int, dense: str | None) -> None:
         spec, steps = compiled.spec, compiled.steps
         units = gemm.Units.of(spec, steps, segment, p.k)
         self.p, self.segment, self.dense = p, segment, dense
         item = arrange.SIZES[steps.x_type]
         self.columns = units.columns(steps)
-        # Whole chunks: `arrange` writes them, and tiles read them.
-        self.width = -(-self.columns * item // arrange.CHUNK) * arrange.CHUNK
-        self.stride = self.width + (_APART if p.m > 1 else 0)
-        tall = TALL if spec.method == "tiles" else 1
-        self.rows = -(-p.m // tall) * tall
-        self.apart = units.each * units.segment * steps.codes if units.padded else 0
+        self.tiled = spec.tiled
+        self.units = units
+        self.tile = units.each * steps.count * 4
+        if self.tiled:
+            # Sixteen rows lie together, a chunk of each for a tile.
+            self.chunks = units.total
+            self.stride = self.chunks * arrange.CHUNK
+        else:
+            self.chunks = -(-self.columns * item // arrange.CHUNK)
+            self.stride = self.chunks * arrange.CHUNK + (_APART if p.m > 1 else 0)
+        self.rows = -(-p.m // TALL) * TALL if self.tiled else p.m
         self.segments = -(-p.k // segment)
         self.summed = spec.inner == "dot" and wants_x_sums(spec, steps)
         self.factor = steps.offset if self.summed and spec.zero is None else 1
@@ -85,9 +88,9 @@ class _Left:
         source = _source(p, steps.x_type, dense)
         self.valued = isinstance(p.x, Format) and source == "float32" and dense is None
         self.arrangement = Arrangement(
-            source, steps.x_type, steps.order, dense is not None, self.summed
+            source, steps.x_type, steps.order, dense is not None, self.tiled, self.summed
         )
-        self.as_it_is = source == steps.x_type == "float32" and tall == 1
+        self.as_it_is = source == steps.x_type == "float32"
         self.arrange = arrange.build(self.arrangement, compiled.isa)
 
     def __call__(self, x: Any) -> Given | None:
@@ -144,10 +147,12 @@ class _Left:
                 k=p.k,
                 out=base,
                 out_stride=self.stride,
-                width=self.width,
+                chunks=self.chunks,
+                tile=self.tile,
                 segment=self.segment,
                 segments=self.segments,
-                apart=self.apart,
+                segment_tiles=self.units.segment,
+                padded=int(self.units.padded),
                 scales=scales,
                 scales_stride=self.blocks,
                 block=self.block,
@@ -187,9 +192,7 @@ def _readable(x: Array, width: int) -> bool:
     )
 
 
-def _sums(
-    x: Any, p: Problem, segment: int, scales: Array | None, repeat: int, rows: int
-) -> Array:
+def _sums(x: Any, p: Problem, segment: int, scales: Array | None, repeat: int, rows: int) -> Array:
     """float32 sums of x over each segment, added up and scaled in float64."""
     values = operands.x_values(x) if isinstance(x, Packed) else x
     starts = np.arange(0, p.k, segment)
@@ -208,4 +211,3 @@ def fuses(fmt: Format) -> bool:
     plain = fmt.zero is None and not fmt.bias and not fmt.tensor_scale
     signed = element.integral and element.bits > 1 and element.min == -element.max - 1
     return plain and signed and rows == 1 and fmt.scale.element == "float32"
-

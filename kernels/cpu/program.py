@@ -7,10 +7,11 @@ in the end writes the result. The pool has set the standard floating-point mode.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lowbit.formats.declare import Element
-from lowbit.kernels.cpu import pack
+from lowbit.kernels.cpu import pack, tile, tiles
 from lowbit.kernels.cpu.decode import decoder
 from lowbit.kernels.cpu.epilogue import EDGE, writer
 from lowbit.kernels.cpu.ir import FLOAT, LANES, Function, Module, Value, constant
@@ -18,8 +19,8 @@ from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.micro import ROW, VECTOR, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import Steps
-from lowbit.kernels.cpu.tile import Vectors, shapes
-from lowbit.kernels.cpu.tiles import SHAPES, TALL, Tiles
+from lowbit.kernels.cpu.tile import Vectors
+from lowbit.kernels.cpu.tiles import TALL, TILE, Tiles
 from lowbit.kernels.cpu.unroll import unroller
 from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS
 
@@ -80,6 +81,7 @@ class Arguments(NamedTuple):
 
 
 FORMAT = f"<{len(Arguments._fields) - 1}qf4x"
+WIDTH = GROUP * LANES  # columns of a group
 CONFIGURATION = 8 * len(Arguments._fields)  # where the shape of AMX's tiles follows, 64 bytes
 ADDRESSES = ("x", "codes", "scales", "zeros", "biases", "x_scales", "x_sums", "bias", "residual")
 ITEM_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8}
@@ -115,15 +117,17 @@ class _Tile:
     def __init__(self, spec: Spec, module: Module) -> None:
         self.spec, self.module = spec, module
         self.steps = Steps(spec, module.isa)
-        self.tiles = spec.method == "tiles"
-        build, sizes = (Tiles, SHAPES) if self.tiles else (Vectors, shapes(spec, module.isa))
+        self.tiles = spec.tiled
+        build, sizes = Vectors, tile.shapes(spec, module.isa)
+        if self.tiles:
+            build, sizes = Tiles, tiles.shapes(spec)
         self.kernels = [(each, build(spec, module, each).function) for each in sizes]
         self.transpose = pack.transposer(module)
         self.row_table = pack.row_table(module)
         bits = spec.element.bits
         expanded = spec.layout == "rows" and bits not in WIDTHS
         self.expand = pack.expander(module, bits) if expanded else None
-        self.decode = None if spec.method == "direct" else unroller(spec, module)
+        self.decode = unroller(spec, module) if spec.method in ("decoded", "tiles") else None
         self.unpack = {name: self._unpacker(name, kind) for name, kind in self._blocks().items()}
         self.finish = writer(spec, module)
         names = {"a": "ptr", "number": "i64", "scratch": "ptr"}
@@ -158,14 +162,11 @@ class _Tile:
 
     def _write(self) -> None:
         f, a = self.function, self.a
-        column = f.mul(f.op("urem", self.number, a["columns"]), GROUP * LANES)
+        column = f.mul(f.op("urem", self.number, a["columns"]), WIDTH)
         row = f.mul(f.op("udiv", self.number, a["columns"]), a["tile_rows"])
         rows = f.least(f.op("sub", a["m"], row), a["tile_rows"])
-        columns = f.least(f.op("sub", a["n"], column), GROUP * LANES)
-        panels = f.over(columns, LANES)
-        edge, table = self.scratch, f.at(self.scratch, EDGE)
-        sums = f.at(self.scratch, HEAD)
         tall = f.mul(f.over(rows, TALL), TALL) if self.tiles else rows
+        sums = f.at(self.scratch, HEAD)
         with f.loop(0, f.mul(tall, GROUP)) as loop:
             f.store(constant(FLOAT, 0.0), f.at(sums, f.mul(loop.index, VECTOR)), 64)
         if self.tiles:
@@ -173,16 +174,29 @@ class _Tile:
         with f.loop(0, a["total"], a["span"]) as spans:
             end = f.least(f.add(spans.index, a["span"]), a["total"])
             with f.loop(spans.index, end, a["stretch"]) as loop:
-                first = loop.index
-                last = f.least(f.add(first, a["stretch"]), end)
-                with f.loop(0, panels) as panel:
-                    at = f.add(column, f.mul(panel.index, LANES))
-                    for name in self.unpack:
-                        self._scales(name, at, panel.index, first, last, table)
-                    self._operands(at, panel.index, first, last, table)
-                self._products(row, tall, column, panels, first, last, sums)
+                last = f.least(f.add(loop.index, a["stretch"]), end)
+                self._stretch(row, tall, column, loop.index, last)
         if self.tiles:
             f.call("llvm.x86.tilerelease", "void")
+        self._result(row, rows, column, sums)
+
+    def _stretch(self, row: Value, rows: Value, column: Value, first: Value, last: Value) -> None:
+        """Bring a stretch of the panels into scratch and multiply it."""
+        f, a = self.function, self.a
+        table = f.at(self.scratch, EDGE)
+        columns = f.least(f.op("sub", a["n"], column), WIDTH)
+        panels = f.over(columns, LANES)
+        with f.loop(0, panels) as panel:
+            at = f.add(column, f.mul(panel.index, LANES))
+            for name in self.unpack:
+                self._scales(name, at, panel.index, first, last, table)
+            self._operands(at, panel.index, first, last, table)
+        self._products(row, rows, column, panels, first, last)
+
+    def _result(self, row: Value, rows: Value, column: Value, sums: Value) -> None:
+        """Write the result."""
+        f, a = self.function, self.a
+        columns = f.least(f.op("sub", a["n"], column), WIDTH)
         place = f.add(f.mul(row, a["out_stride"]), column)
         out = f.at(a["out"], f.mul(place, ITEM_BITS[self.spec.out] // 8))
         shifted = f.at(a["bias"], f.mul(column, 4))
@@ -198,7 +212,7 @@ class _Tile:
             bias,
             residual,
             out,
-            edge,
+            self.scratch,
             a["residual_stride"],
             a["out_stride"],
             rows,
@@ -310,30 +324,32 @@ class _Tile:
         panels: Value,
         first: Value,
         last: Value,
-        sums: Value,
     ) -> None:
-        """All rows times all panels of the stretch, the tallest micro-kernel first.
+        """All rows times all panels of the stretch.
 
-        Rows are the inner loop: what a kernel reads of w stays in the nearest cache.
+        Rows are the inner loop: what a micro-kernel reads of w stays in the nearest cache.
         """
         f, a = self.function, self.a
         done = constant("i64", 0)
         for shape, kernel in self.kernels:
             some = f.mul(f.op("udiv", f.op("sub", rows, done), shape.rows), shape.rows)
-            end = f.add(done, some)
+            until = f.add(done, some)
             with f.loop(0, panels, shape.panels) as panel:
                 codes = self._panels(shape, column, panel.index, first)
                 blocks = self._blocks_of(panel.index)
-                with f.loop(done, end, shape.rows) as part:
+                fetch = self._fetch(shape, column, panel.index, first, last, some)
+                with f.loop(done, until, shape.rows) as part:
                     at = f.add(row, part.index)
-                    place = f.add(f.mul(part.index, ROW), f.mul(panel.index, VECTOR))
+                    place = f.mul(part.index, ROW)
+                    # Tiles are carried as they are, each in a piece.
+                    each = TILE if self.tiles else VECTOR
                     f.run(
                         kernel,
                         f.at(a["x"], f.mul(at, a["x_stride"])),
                         a["x_stride"],
                         *codes,
-                        f.at(sums, place),
-                        f.at(self._at("carry"), place),
+                        f.at(f.at(self.scratch, HEAD), f.add(place, f.mul(panel.index, VECTOR))),
+                        f.at(self._at("carry"), f.add(place, f.mul(panel.index, each))),
                         self._at("stage"),
                         *blocks,
                         *self._of_x(at),
@@ -342,10 +358,51 @@ class _Tile:
                         a["total"],
                         a["segment"],
                         a["tile"],
+                        *fetch(part.index),
                     )
-            done = end
+            done = until
+
+    def _fetch(
+        self,
+        shape: Shape,
+        column: Value,
+        panel: Value,
+        first: Value,
+        last: Value,
+        rows: Value,
+    ) -> Callable[[Value], list[Value]]:
+        """By the row: what a micro-kernel fetches of the panels that come next.
+
+        Two addresses, and the cache lines of each to every unit that it multiplies; all
+        micro-kernels of a pair of panels together fetch their next stretch, or in the end the
+        first one of their neighbours.
+        """
+        f, a = self.function, self.a
+        nothing = constant("i64", 0)
+        if self.spec.layout == "rows" or not self.tiles or shape.panels != 2:
+            return lambda _: [a["codes"], a["codes"], nothing]
+        more = f.compare("slt", last, a["total"])
+        column = f.select(more, column, f.add(column, WIDTH))
+        begin = f.select(more, last, 0)
+        bases = []
+        for p in range(2):
+            number = f.add(panel, p)
+            bases.append(self._words(f.add(column, f.mul(number, LANES)), number, begin))
+        units = f.op("sub", last, first)
+        lines = f.mul(f.mul(units, a["unit_granules"]), self.steps.words)
+        calls = f.greatest(f.op("udiv", rows, shape.rows), 1)
+        each = f.over(f.over(lines, calls), units)
+        real = f.compare("slt", column, a["n"])
+        each = f.select(real, each, 0)
+
+        def of(row: Value) -> list[Value]:
+            offset = f.mul(f.mul(f.op("udiv", row, shape.rows), f.mul(each, units)), VECTOR)
+            return [*(f.at(base, offset) for base in bases), each]
+
+        return of
 
     def _blocks_of(self, panel: Value) -> list[Value]:
+        """Scales and their kin of some panels."""
         f, across = self.function, self.function.mul(panel, VECTOR)
         return [f.at(self._at(name), across) for name in ("scales", "zeros", "biases")]
 
@@ -362,6 +419,7 @@ class _Tile:
         ]
 
     def _panels(self, shape: Shape, column: Value, panel: Value, first: Value) -> list[Value]:
+        """Where the micro-kernel reads each panel."""
         f = self.function
         found = []
         for p in range(shape.panels):

@@ -11,7 +11,7 @@ LAYOUTS = ("rows", "words16")
 SCALE_LAYOUTS = ("rows", "panels16")
 INTEGERS = ("int8", "uint8")
 INNERS = ("fma", "bf16", "dot")
-METHODS = ("direct", "decoded", "tiles")
+METHODS = ("direct", "decoded", "tiles", "single")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Spec:
     """Of w."""
     method: str = "direct"
     """How often a code is decoded: "direct" for every few rows of x, in registers; "decoded"
-    once for all rows, into scratch; "tiles" likewise, for the matrix registers of AMX."""
+    once for all rows, into scratch; "tiles" likewise, for the matrix registers of AMX, and
+    "single" for as few rows as one of them has, just before it is multiplied."""
     layout: str = "rows"
     """Of w's codes."""
     scale: Element | str = "float32"
@@ -57,5 +58,10 @@ class Spec:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {names}")
         if isinstance(self.scale, str) and self.scale not in FLOATS:
             raise ValueError(f"scale: {self.scale!r} is neither an element nor one of {FLOATS}")
-        if self.method == "tiles" and self.inner == "fma":
+        if self.tiled and self.inner == "fma":
             raise ValueError("method: tiles multiply int8 and bfloat16, not float32")
+
+    @property
+    def tiled(self) -> bool:
+        """It multiplies in AMX's tiles."""
+        return self.method in ("tiles", "single")

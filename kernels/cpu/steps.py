@@ -57,7 +57,7 @@ DOTS = {
 
 def dot_of(spec: Spec, isa: Isa) -> str:
     """Name of the integer product."""
-    if spec.method == "tiles":
+    if spec.tiled:
         return "tiles"
     if isa.dot == "pmaddubsw" and spec.element.bits == 8:
         # It saturates: two products of 255 and 127 are beyond int16, of 127 and 128 they are not.
@@ -147,7 +147,7 @@ class Steps:
     @property
     def tiles_signed(self) -> bool | None:
         """For integer tiles, which take both: whether the operands of w are signed."""
-        if self.spec.method != "tiles" or self.spec.inner != "dot":
+        if not self.spec.tiled or self.spec.inner != "dot":
             return None
         found = consecutive(self.spec.element)
         assert found is not None
@@ -258,4 +258,3 @@ def _table(element: Element) -> Value:
     values = np.array([element.values[i % count] for i in range(32)], np.float32)
     lanes = ", ".join(f"i16 {int(v)}" for v in values.view(np.uint32) >> 16)
     return Value(PAIRS, f"<{lanes}>")
-

@@ -96,14 +96,15 @@ class Vectors(Micro):
         ]
         place = f.mul(granule, 4 * count)
         x = [
-            f.at(f.at(v["x"], f.mul(v["x_stride"], r) if r else 0), place)
-            for r in range(self.rows)
+            f.at(f.at(v["x"], f.mul(v["x_stride"], r) if r else 0), place) for r in range(self.rows)
         ]
         sums = list(sums)
         for step in range(count):
             w = [next(each) for each in operands]
             for r in range(self.rows):
-                one = f.splat(f.load("float" if self.kind == FLOAT else "i32", f.at(x[r], 4 * step), 4))
+                one = f.splat(
+                    f.load("float" if self.kind == FLOAT else "i32", f.at(x[r], 4 * step), 4)
+                )
                 for p in range(self.panels):
                     i = r * self.panels + p
                     sums[i] = self._multiply(one, w[p], sums[i])

@@ -4,19 +4,31 @@
 
 Tiles 0..3 are sums, 4 and 5 rows of x, 6 and 7 panels. `tile` steps is what the configuration at
 run time says, at most 16, so a segment of any length is a whole number of tiles.
+
+After each step of the tiles a kernel asks for some cache lines of the panels that come next, so
+that memory works while they multiply.
 """
 
 from __future__ import annotations
 
 import struct
 
-from lowbit.kernels.cpu.ir import Value
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
+from lowbit.kernels.cpu.ir import FLOAT, INT, Module, Value
+from lowbit.kernels.cpu.micro import ROW, VECTOR, Blocks, Micro, Shape
+from lowbit.kernels.cpu.spec import Spec
 
 TALL = 16  # rows of a tile
-SHAPES = (Shape(32, 2), Shape(16, 4))
-STAGE = 4 * TALL * VECTOR  # bytes that the sums of a segment take on their way to vectors
+TILE = TALL * VECTOR  # bytes
+SUMS = 4  # tiles
+STAGE = 2 * SUMS * TILE
+"""Bytes of the sums of a segment on their way to vectors, and of panels on their way to tiles."""
 _X, _W = (4, 5), (6, 7)
+
+
+def shapes(spec: Spec) -> tuple[Shape, ...]:
+    """Two tiles of rows by two panels read the least; a single one takes four panels."""
+    single = Shape(TALL, 4)
+    return (single,) if spec.method == "single" else (Shape(2 * TALL, 2), single)
 
 
 def configuration(steps: int) -> bytes:
@@ -27,90 +39,117 @@ def configuration(steps: int) -> bytes:
 
 
 class Tiles(Micro):
-    """Two tiles of rows by two panels, or one by four."""
+    """One or two tiles of rows by four or two panels."""
+
+    def __init__(self, spec: Spec, module: Module, shape: Shape) -> None:
+        self.single = spec.method == "single"
+        super().__init__(spec, module, shape)
 
     def _segment(
         self, segment: Value, within: Value, at: Value, stop: Value, fresh: Value, whole: Value
     ) -> None:
-        f, v = self.function, self.values
-        stride = constant_stride(ROW)
+        f = self.function
 
         def clear() -> list[Value]:
-            for c in range(4):
+            for c in range(SUMS):
                 f.tile("tilezero", c)
             return []
 
         def resume() -> list[Value]:
-            for c in range(4):
-                f.tile("tileloadd64", c, self._sums("carry", c), stride)
+            for c in range(SUMS):
+                f.tile("tileloadd64", c, self._carry(c), _bytes(VECTOR))
             return []
 
         f.either(fresh, clear, resume)
+        zeros: list[Value | None] = [None] * self.panels
+        if self.single and self.spec.zero is not None and not self.integer:
+            zeros = [self._block("zeros", within, p, FLOAT) for p in range(self.panels)]
+
         with f.loop(at, stop) as inner:
-            self._multiply(inner.index)
+            self._multiply(inner.index, zeros)
 
         def suspend() -> list[Value]:
-            for c in range(4):
-                f.tile("tilestored64", c, self._sums("carry", c), stride)
+            for c in range(SUMS):
+                f.tile("tilestored64", c, self._carry(c), _bytes(VECTOR))
             return []
 
         def finish() -> list[Value]:
-            for c in range(4):
-                place = f.at(v["stage"], c * TALL * VECTOR)
-                f.tile("tilestored64", c, place, constant_stride(VECTOR))
-            self._scale(segment, within)
+            for c in range(SUMS):
+                place = f.at(self.values["stage"], c * TILE)
+                f.tile("tilestored64", c, place, _bytes(VECTOR))
+            self._scale(self._blocks(segment, within))
             return []
 
         f.either(whole, finish, suspend)
 
-    def _cell(self, c: int) -> tuple[int, int]:
-        """Tile of rows and panel of the sums c."""
-        return divmod(c, self.panels)
+    def _carry(self, c: int) -> Value:
+        block, panel = divmod(c, self.panels)
+        return self.function.at(self.values["carry"], block * TALL * ROW + panel * TILE)
 
-    def _sums(self, name: str, c: int) -> Value:
-        block, panel = self._cell(c)
-        return self._place(self.values[name], block * TALL, panel)
-
-    def _multiply(self, index: Value) -> None:
+    def _multiply(self, index: Value, zeros: list[Value | None]) -> None:
         f, v = self.function, self.values
-        step = constant_stride(VECTOR)
-        x = f.at(v["x"], f.mul(f.mul(index, v["tile"]), 4))
-        blocks = self.rows // TALL
-        for b in range(blocks):
-            rows = f.at(x, f.mul(v["x_stride"], TALL * b)) if b else x
-            f.tile("tileloadd64", _X[b], rows, v["x_stride"])
-        offset = f.mul(f.mul(f.op("sub", index, v["first"]), v["tile"]), VECTOR)
-        for p in range(self.panels):
-            w = _W[p % 2]
-            f.tile("tileloadd64", w, f.at(v[f"codes{p}"], offset), step)
-            for b in range(blocks):
-                f.tile(self._product(), b * self.panels + p, _X[b], w)
+        within = f.op("sub", index, v["first"])
+        x = f.at(v["x"], f.mul(index, TILE))
+        for block in range(self.rows // TALL):
+            rows = f.at(x, f.mul(v["x_stride"], TALL * block)) if block else x
+            f.tile("tileloadd64", _X[block], rows, _bytes(VECTOR))
+            for p in range(self.panels):
+                if not block or self.panels > len(_W):
+                    w = (
+                        self._decoded(p, within, zeros[p])
+                        if self.single
+                        else self._panel(p, within)
+                    )
+                    f.tile("tileloadd64", _W[p % 2], w, _bytes(VECTOR))
+                f.tile(self._product(), block * self.panels + p, _X[block], _W[p % 2])
+        if self.panels == len(_W):
+            offset = f.mul(f.mul(within, v["lines"]), VECTOR)
+            ahead = [f.at(v[name], offset) for name in ("fetch0", "fetch1")]
+            with f.loop(0, v["lines"]) as line:
+                for each in ahead:
+                    f.prefetch(f.at(each, f.mul(line.index, VECTOR)))
+
+    def _panel(self, p: int, within: Value) -> Value:
+        f, v = self.function, self.values
+        return f.at(v[f"codes{p}"], f.mul(f.mul(within, v["tile"]), VECTOR))
+
+    def _decoded(self, p: int, within: Value, zero: Value | None) -> Value:
+        """One tile of a panel, decoded into scratch."""
+        f, v, steps = self.function, self.values, self.steps
+        granules = f.op("udiv", v["tile"], steps.count)
+        words = f.at(v[f"codes{p}"], f.mul(f.mul(within, granules), steps.words * VECTOR))
+        out = f.at(v["stage"], (SUMS + p) * TILE)
+        with f.loop(0, granules) as loop:
+            source = f.at(words, f.mul(loop.index, steps.words * VECTOR))
+            held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
+            to = f.at(out, f.mul(loop.index, steps.count * VECTOR))
+            for i, vector in enumerate(steps.emit(f, held, zero)):
+                f.store(vector, f.at(to, i * VECTOR), 64)
+        return out
 
     def _product(self) -> str:
         if not self.integer:
             return "tdpbf16ps"
         return "tdpbssd" if self.steps.tiles_signed else "tdpbsud"
 
-    def _scale(self, segment: Value, within: Value) -> None:
+    def _scale(self, blocks: Blocks) -> None:
+        """Scale a segment's sums and add them up, row by row."""
         f, v = self.function, self.values
-        blocks = self._blocks(segment, within)
-        for b in range(self.rows // TALL):
-            with f.loop(0, TALL) as loop:
-                row = f.add(loop.index, b * TALL)
-                place = f.at(v["stage"], f.mul(loop.index, VECTOR))
-                g = [
-                    f.load(self.kind, f.at(place, (b * self.panels + p) * TALL * VECTOR), 64)
-                    for p in range(self.panels)
-                ]
-                self._finish(
-                    blocks,
-                    f.at(v["x_scales"], f.mul(row, v["x_scales_stride"])),
-                    f.at(v["x_sums"], f.mul(row, v["x_sums_stride"])),
-                    f.at(v["sums"], f.mul(row, ROW)),
-                    g,
-                )
+        with f.loop(0, self.rows) as row:
+            # Tiles of one panel lie apart, rows of one tile side by side.
+            block = f.op("lshr", row.index, 4)
+            place = f.add(f.mul(row.index, VECTOR), f.mul(block, (self.panels - 1) * TILE))
+            source = f.at(v["stage"], place)
+            g = [f.load(self.kind, f.at(source, p * TILE), 64) for p in range(self.panels)]
+            self._finish(
+                blocks,
+                f.at(v["x_scales"], f.mul(row.index, v["x_scales_stride"])),
+                f.at(v["x_sums"], f.mul(row.index, v["x_sums_stride"])),
+                f.at(v["sums"], f.mul(row.index, ROW)),
+                g,
+            )
 
 
-def constant_stride(bytes_: int) -> Value:
+def _bytes(stride: int) -> Value:
     """A stride between the rows of a tile."""
-    return Value("i64", str(bytes_))
+    return Value("i64", str(stride))

@@ -19,7 +19,15 @@ def unroller(spec: Spec, module: Module) -> Function:
         "unroll",
         dict.fromkeys(("words", "out", "zeros"), "ptr")
         | dict.fromkeys(
-            ("first", "last", "segment", "granules", "segment_granules", "unit_granules"), "i64"
+            (
+                "first",
+                "last",
+                "segment",
+                "granules",
+                "segment_granules",
+                "unit_granules",
+            ),
+            "i64",
         ),
         "apart",
     )
@@ -47,7 +55,7 @@ def unroller(spec: Spec, module: Module) -> Function:
             source = f.at(words, f.mul(f.op("sub", inner.index, origin), steps.words * VECTOR))
             place = f.at(to, f.mul(f.op("sub", inner.index, g0), steps.count * VECTOR))
             _granule(f, steps, source, place, zero)
-        if spec.method == "tiles":
+        if spec.tiled:
             have = f.op("sub", g1, g0)
             want = f.mul(f.op("sub", stop, at), unit)
             with f.loop(f.mul(have, steps.count), f.mul(want, steps.count)) as rest:
