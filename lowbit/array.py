@@ -272,7 +272,7 @@ class QArray(Refusals):
         parts = self._rows()
         out = np.empty(parts.shape, target)
         if self._divisor is None:
-            reference.dequantize_to(parts, out)
+            _dequantize_to(parts, out)
         else:
             divisor = self._divisor.astype(np.float64)
             if self._columns is not None:
@@ -442,3 +442,16 @@ class QArray(Refusals):
         from lowbit import render
 
         return render.rich_table(self)
+
+
+_LEAST = 1 << 14  # numbers; with fewer the reference takes less time than loading a kernel
+
+
+def _dequantize_to(parts: Packed, out: Array) -> None:
+    if out.size >= _LEAST:
+        from lowbit.kernels.cpu import dequantize as compiled
+
+        if compiled.refuse(out.dtype) is None:
+            compiled.dequantize_to(parts, out)
+            return
+    reference.dequantize_to(parts, out)
