@@ -310,12 +310,12 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
             weight_bytes=weights[0].nbytes,
             copy=lambda: weights.append(operands.weight.copy()),
             take=lambda x: x,
-            call=lambda x, i: x @ weights[i].T * found.factor,
+            call=lambda x, i: found.calls.append(i) or x @ weights[i].T * found.factor,
             read=lambda y: y,
             check=peers.checked_by(meaning, operands.work),
         )
 
-    found.build, found.factor = build, np.float32(1)
+    found.build, found.factor, found.calls = build, np.float32(1), []
     monkeypatch.setattr(peers, "found", lambda: {"numpy": found})
     return found
 
@@ -332,6 +332,9 @@ def test_a_worker_builds_checks_and_times(peer: SimpleNamespace) -> None:
     assert 0 < checked["share_of_bound"] < 1
     assert len(timed["times"]) >= worker.FEWEST
     assert timed["rotated"] == 3 * 96 * 64 * 4  # 64 KiB of 24 KiB each
+    # Nine rows: each copy is touched, the first is checked. Three rows: touched, then in turn.
+    assert peer.calls[:4] == [0, 1, 2, 0]
+    assert peer.calls[4:] == [i % 3 for i in range(3 + len(timed["times"]))]
 
 
 def test_a_worker_says_what_is_wrong(peer: SimpleNamespace) -> None:
@@ -343,23 +346,25 @@ def test_a_worker_says_what_is_wrong(peer: SimpleNamespace) -> None:
     assert served("numpy", {"m": 9}) == [{"absent": "wants other shapes"}]
 
 
+def stopped(contender: Any) -> bool:
+    """A signal takes a moment to arrive; a process that is left running never gets there."""
+    state = Path(f"/proc/{contender._process.pid}/stat")
+    for _ in range(1000):
+        if state.read_text().rpartition(") ")[2][0] == "T":
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process from /proc")
 def test_processes_sleep_while_others_are_measured() -> None:
     contender = processes.Contender(task("lowbit", SMALL))
     try:
-        assert (
-            contender.ready["weight_bytes"]
-            == lb.quantize(Operands(SMALL, 1).weight, "int4_g32").nbytes
-        )
+        quantized = lb.quantize(Operands(SMALL, 1).weight, "int4_g32")
+        assert contender.ready["weight_bytes"] == quantized.nbytes
+        assert stopped(contender)
         assert 0 <= contender.ask({"m": 9})["share_of_bound"] <= 1
-        state = Path(f"/proc/{contender._process.pid}/stat")
-        # A signal takes a moment; a process that is left running never gets there.
-        for _ in range(1000):
-            if state.read_text().rpartition(") ")[2][0] == "T":
-                break
-            time.sleep(0.01)
-        else:
-            pytest.fail("the process was not stopped after its reply")
+        assert stopped(contender)
         contender._process.kill()
         with pytest.raises(processes.Lost, match="killed by SIGKILL"):
             contender.ask({"m": 9})

@@ -91,6 +91,17 @@ def test_codes_that_rounding_decides_are_left_open() -> None:
     assert checking.Dynamic(3).quantize(x)[0].shape == x.shape  # a ragged last group
 
 
+def test_either_code_is_right_where_rounding_decides() -> None:
+    weight = np.array([[1.0, 3.0, 0.0, 0.0]])
+    meaning = checking.Meaning(lambda rows: weight[rows], roundings=4, dynamic=checking.Dynamic(4))
+    x = np.array([[127.0, 0.5, 1.25, -3.0]], np.float32)
+    for code in (0, 1):
+        answer = np.array([[127.0 + 3 * code]])
+        assert checking.share_of_bound(answer, x, 1, meaning) <= 1
+    with pytest.raises(checking.Wrong):
+        checking.share_of_bound(np.array([[127.0 + 3 * 2]]), x, 1, meaning)
+
+
 def test_sums_without_a_bound_are_said() -> None:
     with pytest.raises(ValueError, match="leave no bound"):
         share(X @ W.T, replace(MEANING, accumulator="bfloat16"))
