@@ -93,7 +93,7 @@ def _matrix(
     strides = [0 if p is None else p.strides[0] for p in held]
     codes_at = 3 * table
     out_at = codes_at + PIECE + 64
-    quick_at = out_at + PIECE * out.itemsize + 64
+    quick_at = out_at + PIECE * out.itemsize + 128
     per = max(1, _TILE // part)
     chunks = rows * across
     block = _BLOCK.pack(

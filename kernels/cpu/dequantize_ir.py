@@ -23,7 +23,7 @@ from typing import NamedTuple
 from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import encode_bits
 from lowbit.kernels.cpu.absmax import in_vectors
-from lowbit.kernels.cpu.decode import decoder
+from lowbit.kernels.cpu.decode import consecutive, decoder
 from lowbit.kernels.cpu.encode_lanes import SIZES, lanes_below, load_lanes
 from lowbit.kernels.cpu.epilogue import narrow
 from lowbit.kernels.cpu.ir import (
@@ -260,7 +260,9 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
     )
     codes, size, start, stop, block, origin, *tables, octets, wait, out, quick = f.parameters
     bits, width = spec.element.bits, SIZES[spec.out]
-    decode = decoder(spec.element, module)
+    decode = _decoder(spec.element, module)
+    # All that a block can hold fits one register of AVX-512: its results are looked up.
+    tabled = width == 2 and bits <= 5 and module.isa.permute == "vpermps512"
     unpack = None if bits == 8 else encode_bits.unpacker(module, bits)
     kinds = [["scales", "zeros", "biases"].index(name) for name in _kinds(spec)]
 
@@ -286,20 +288,31 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
         """`count` codes of one block."""
         held = numbers(number, kind)
 
-        def body(index: Value, mask: Value | None) -> None:
-            lanes = load_lanes(f, "i8", f.at(source, index), mask if bits == 8 else None)
-            value = decode.emit(f, f.cast("zext", lanes, INT), 0)
+        def finished(codes: Value) -> Value:
+            """Results of one code a lane."""
             scale, zero, bias = (held.get(i) for i in range(3))
             assert scale is not None
-            result = _WAYS[kind](spec, f, value, scale, zero, bias)
-            # What is written behind the last number is overwritten, or not copied.
-            f.store(result, f.at(target, f.mul(index, width)), width)
+            return _WAYS[kind](spec, f, decode(f, codes), scale, zero, bias)
 
-        if vectors:
+        def body(index: Value, mask: Value | None) -> None:
+            codes = load_lanes(f, "i8", f.at(source, index), mask if bits == 8 else None)
+            # What is written behind the last number is overwritten, or not copied.
+            f.store(finished(codes), f.at(target, f.mul(index, width)), width)
+
+        if tabled and vectors > 1:
+            table = _table(f, spec, finished)
+            with f.loop(0, vectors * LANES, 2 * LANES) as loop:
+                _look_up(f, table, f.at(source, loop.index), f.at(target, f.mul(loop.index, 2)))
+        elif vectors:
             some = min(vectors, 4)
             with f.loop(0, vectors * LANES, some * LANES) as loop:
                 for i in range(some):
                     body(f.add(loop.index, i * LANES), None)
+        elif tabled:
+            table = _table(f, spec, finished)
+            # Bytes of whole pairs of vectors lie in scratch, codes or not.
+            with f.loop(0, count, 2 * LANES) as loop:
+                _look_up(f, table, f.at(source, loop.index), f.at(target, f.mul(loop.index, 2)))
         else:
             in_vectors(f, count, body)
 
@@ -343,6 +356,33 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
     return f
 
 
+def _decoder(element: Element, module: Module) -> Callable[[Function, Value], Value]:
+    """float32 of codes in bytes."""
+    choice = decoder(element, module)
+    whole = consecutive(element)
+    if element.bits == 8 and whole is not None and whole[1] == 1:
+        extend = "sext" if whole[0] else "zext"
+        return lambda f, codes: f.cast("sitofp", f.cast(extend, codes, INT), FLOAT)
+    return lambda f, codes: choice.emit(f, f.cast("zext", codes, INT), 0)
+
+
+def _table(f: Function, spec: Spec, finished: Callable[[Value], Value]) -> Value:
+    """The results of all codes, 32 lanes, repeated where there are fewer."""
+    halves = []
+    for start in (0, LANES) if spec.element.bits == 5 else (0,):
+        codes = ", ".join(f"i8 {start + lane}" for lane in range(LANES))
+        result = finished(Value(f"<{LANES} x i8>", f"<{codes}>"))
+        halves.append(f.bits(result, f"<{LANES} x i16>"))
+    return f.shuffle(halves[0], halves[-1], list(range(2 * LANES)))
+
+
+def _look_up(f: Function, table: Value, source: Value, target: Value) -> None:
+    """Results of 32 codes; bits of an index above the fifth do not count."""
+    wide = "<32 x i16>"
+    index = f.cast("zext", f.load("<32 x i8>", source, 1), wide)
+    f.store(f.call("llvm.x86.avx512.permvar.hi.512", wide, table, index), target, 2)
+
+
 Way = Callable[[Spec, Function, Value, Value, Value | None, Value | None], Value]
 
 
@@ -350,7 +390,7 @@ def _single(
     spec: Spec, f: Function, value: Value, scale: Value, zero: Value | None, bias: Value | None
 ) -> Value:
     centred = value if zero is None else f.op("fsub", value, zero)
-    return _narrowed(f, f.op("fmul", centred, scale), spec.out)
+    return _narrowed(f, spec, f.op("fmul", centred, scale))
 
 
 def _odd(
@@ -365,7 +405,7 @@ def _odd(
     even = f.compare("eq", f.op("and", pattern, 1), 0)
     inexact = f.compare("one", error, 0.0)
     odd = f.select(f.op("and", even, inexact), f.add(pattern, away), pattern)
-    return _narrowed(f, f.bits(odd, FLOAT), spec.out)
+    return _narrowed(f, spec, f.bits(odd, FLOAT))
 
 
 def _double(
@@ -379,7 +419,7 @@ def _double(
         wide = f.op("fadd", wide, bias)
     if spec.out != "float32":
         wide = _rounded(spec, f, wide)
-    return _narrowed(f, f.cast("fptrunc", wide, FLOAT), spec.out)
+    return _narrowed(f, spec, f.cast("fptrunc", wide, FLOAT))
 
 
 _WAYS: dict[str, Way] = {"single": _single, "odd": _odd, "double": _double}
@@ -405,7 +445,13 @@ def _rounded(spec: Spec, f: Function, wide: Value) -> Value:
     return f.bits(signed, DOUBLE)
 
 
-def _narrowed(f: Function, x: Value, dtype: str) -> Value:
-    if dtype == "float16" and (f.module.arm or "f16c" in f.module.isa.needs):
+def _narrowed(f: Function, spec: Spec, x: Value) -> Value:
+    if spec.out == "float16" and (f.module.arm or "f16c" in f.module.isa.needs):
         return f.cast("fptrunc", x, f"<{LANES} x half>")
-    return narrow(f, x, dtype)
+    if spec.out == "bfloat16" and all(isfinite(v) for v in spec.element.values):
+        # As `narrow` does, but there is no NaN to look for.
+        bits = f.bits(x, INT)
+        odd = f.op("and", f.op("lshr", bits, 16), 1)
+        rounded = f.op("lshr", f.add(f.add(bits, 0x7FFF), odd), 16)
+        return f.cast("trunc", rounded, f"<{LANES} x i16>")
+    return narrow(f, x, spec.out)
