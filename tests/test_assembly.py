@@ -1,7 +1,7 @@
 """The machine code of every instruction set has the instructions that it was designed around.
 
-Innermost loops are found in the control flow of the assembler text; those with the instruction
-that multiplies are the hot ones. Each is audited for what it must and must not contain.
+Loops are found in the control flow of the assembler text; those with the instruction that
+multiplies are the hot ones. Each is audited for what it must and must not contain.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lowbit.formats.codebook import NF4
 from lowbit.formats.declare import Element, codebook, floating, integer
 from lowbit.kernels.cpu import native, program
 from lowbit.kernels.cpu.isa import RECORDS
-from lowbit.kernels.cpu.spec import Spec
+from lowbit.kernels.cpu.spec import METHODS, Spec
 
 ISAS = {isa.name: isa for isa in RECORDS}
 # What the generic record is on the machines that most people have.
@@ -67,8 +68,15 @@ def functions(assembly: str) -> dict[str, list[Block]]:
     return found
 
 
-def innermost_loops(blocks: Sequence[Block]) -> list[list[str]]:
-    """Instructions of every loop that has no other loop inside."""
+class Loop(NamedTuple):
+    """Instructions of a loop: those of loops inside are apart."""
+
+    own: list[str]
+    inside: list[str]
+
+
+def loops(blocks: Sequence[Block]) -> list[Loop]:
+    """All loops, in any order."""
     place = {label: i for i, block in enumerate(blocks) for label in block.labels}
     after = [
         {place[target] for target in block.targets if target in place}
@@ -89,9 +97,15 @@ def innermost_loops(blocks: Sequence[Block]) -> list[list[str]]:
                 if i not in body:
                     body.add(i)
                     left += before[i]
-    loops = list(bodies.values())
-    inner = [body for body in loops if not any(other < body for other in loops)]
-    return [[line for i in sorted(body) for line in blocks[i].lines] for body in inner]
+
+    def lines(part: set[int]) -> list[str]:
+        return [line for i in sorted(part) for line in blocks[i].lines]
+
+    found = []
+    for body in bodies.values():
+        inside = set().union(*(other for other in bodies.values() if other < body))
+        found.append(Loop(lines(body - inside), lines(inside)))
+    return found
 
 
 def _dominators(before: Sequence[set[int]]) -> list[set[int]]:
@@ -136,10 +150,10 @@ class Audit:
     def complaints(self, assembly: str) -> list[str]:
         """What is wrong."""
         found = []
-        loops = list(self._hot(assembly))
-        if not loops:
+        hot = list(self._hot(assembly))
+        if not hot:
             found.append(f"no loop with {self.product}")
-        for name, loop in loops:
+        for name, loop in hot:
             text = "\n".join(loop)
             for each in self.wanted:
                 if not re.search(each, text, re.M):
@@ -152,9 +166,12 @@ class Audit:
     def _hot(self, assembly: str) -> Iterator[tuple[str, list[str]]]:
         for name, blocks in functions(assembly).items():
             if name.startswith(self.function):
-                for loop in innermost_loops(blocks):
-                    if any(re.match(self.product, line) for line in loop):
-                        yield name, loop
+                for loop in loops(blocks):
+                    here, deeper = (
+                        any(re.match(self.product, line) for line in lines) for lines in loop
+                    )
+                    if here and not deeper:
+                        yield name, loop.own
 
 
 @dataclass(frozen=True)
@@ -191,7 +208,7 @@ BF16 = Audit(
     "vdpbf16ps ", (rf"^vdpbf16ps .*{Z}", r"^v\w*broadcast\w+ |1to16"), (r"%[xy]mm", LANE_LOAD)
 )
 FMA256 = Audit("vfmadd", (rf"^vfmadd\d+ps .*{Y}",), (r"%[xz]mm", LANE_LOAD))
-AMX = (r"%[xyz]mm", "^tilestored", "^tilezero", "^ldtilecfg")
+AMX = ("tiles", "single")
 FMLA = Audit("fmla ", unwanted=(LANE_LOAD,))
 
 
@@ -203,6 +220,17 @@ def also(audit: Audit, *wanted: str, unwanted: tuple[str, ...] = ()) -> Audit:
 def unrolled(*wanted: str) -> Audit:
     """The loop that decodes once for all rows: it ends in stores of whole vectors."""
     return Audit(r"vmov\w+ %[yz]mm\d+, .*\(|st[pr] q", wanted, (LANE_LOAD,), "unroll")
+
+
+def tile(product: str) -> Audit:
+    """A loop of tiles and nothing else."""
+    unwanted = (r"%[xyz]mm", "^tilestored", "^tilezero", "^ldtilecfg")
+    return Audit(f"{product} ", ("^tileloadd ",), unwanted)
+
+
+def decoding(*wanted: str) -> Audit:
+    """A loop that decodes to scratch, beside the one that multiplies."""
+    return Audit(wanted[0], (*wanted, r"^vmov\w+ %zmm\d+, .*\("), (r"%[xy]mm", LANE_LOAD))
 
 
 RULES = (
@@ -218,15 +246,10 @@ RULES = (
     Rule(PAIRS, "bf16", DIRECT, (NF4, E2M1, integer(4), ODD5), (also(BF16, rf"^vpermw .*{Z}"),)),
     Rule(PAIRS, "bf16", DIRECT, (integer(8), E4M3), (BF16,)),
     Rule(PAIRS, "bf16", DECODED, (NF4,), (also(BF16, unwanted=DECODING), unrolled("^vpermw "))),
-    Rule(("amx",), "dot", ("tiles",), bits(4, 8), (Audit("tdpbssd ", ("^tileloadd ",), AMX),)),
-    Rule(
-        ("amx",), "dot", ("tiles",), bits(3, 8, signed=False),
-        (Audit("tdpbsud ", ("^tileloadd ",), AMX),),
-    ),
-    Rule(
-        ("amx",), "bf16", ("tiles",), (NF4, E4M3),
-        (Audit("tdpbf16ps ", ("^tileloadd ",), AMX), unrolled()),
-    ),
+    Rule(("amx",), "dot", AMX, bits(4, 8), (tile("tdpbssd"),)),
+    Rule(("amx",), "dot", AMX, bits(3, 8, signed=False), (tile("tdpbsud"),)),
+    Rule(("amx",), "bf16", ("tiles",), (NF4, E4M3), (tile("tdpbf16ps"), unrolled())),
+    Rule(("amx",), "bf16", ("single",), (NF4,), (tile("tdpbf16ps"), decoding("vpermw "))),
     Rule(
         ("avxvnni",), "dot", VECTORS, bits(2, 4, 8),
         (Audit(r"\{vex\} vpdpbusd ", (rf"^\{{vex\}} vpdpbusd .*{Y}",), (r"%[xz]mm",)),),
@@ -282,7 +305,14 @@ FAULTS = {
 
 @cache
 def assembly(record: str, inner: str, method: str, element: Element) -> str:
-    spec = Spec(inner, element, method, "words16", scale_layout="panels16", x_scale=True)
+    spec = Spec(
+        inner,
+        element,
+        method=method,
+        layout="words16",
+        scale_layout="panels16",
+        x_scale=True,
+    )
     return native.assembly(program.text(spec, ISAS[record]), ISAS[record])
 
 
@@ -302,7 +332,7 @@ def test_every_record_is_audited() -> None:
     for isa in RECORDS:
         audited = {(rule.inner, m) for r, rule, m, _ in CASES.values() if r == isa.name}
         wanted = set(product(("fma", "dot", *["bf16"] * isa.bf16), VECTORS))
-        wanted |= set(product(("dot", "bf16"), ["tiles"] * isa.amx))
+        wanted |= set(product(("dot", "bf16"), set(METHODS).difference(VECTORS) if isa.amx else ()))
         assert audited == wanted, isa.name
 
 
@@ -341,12 +371,14 @@ g:                                      // @g
 """
 
 
-def test_innermost_loops_are_found() -> None:
-    found = {name: innermost_loops(blocks) for name, blocks in functions(LISTING).items()}
+def test_loops_are_found() -> None:
+    found = {name: loops(blocks) for name, blocks in functions(LISTING).items()}
     inner = ["incq %rax", "cmpq %rsi, %rax", "je .LBB0_4", "vpaddd 8(%rdx), %zmm0, %zmm0"]
-    assert found["f"] == [[*inner, "jmp .LBB0_2"]]
+    outer = ["xorl %eax, %eax", "decq %rdi", "jne .LBB0_1"]
+    inner.append("jmp .LBB0_2")
+    assert sorted(found["f"]) == sorted([Loop(inner, []), Loop(outer, inner)])
     # Two ways back to one head are one loop.
-    assert [loop[-1] for loop in found["g"]] == ["b .LBB1_1"]
+    assert [loop.own[-1] for loop in found["g"]] == ["b .LBB1_1"]
     assert functions("h:\n\tretq\n.Lfunc_end2:")["h"][0].lines == ["retq"]
 
 
