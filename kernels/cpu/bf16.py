@@ -1,4 +1,4 @@
-"""bfloat16 x times weights of any element: pairs multiplied and summed in float32 by one instruction.
+"""bfloat16 x times weights of any element: pairs multiplied and summed in float32.
 
 Elements of up to 8 significant bits, integer zero points taken off, are bfloat16 numbers. Values of
 other tables are rounded to bfloat16 first, which the error bound counts.
@@ -14,17 +14,18 @@ import math
 from lowbit.formats import Format
 from lowbit.kernels.cpu import gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
+from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import narrowed
 from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
 
 _SMALLEST = 2.0**-126  # below it the instructions see zero
 
 
-def _spec(p: Problem) -> gemm.Spec:
+def _spec(p: Problem) -> Spec:
     fmt = p.w
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
     few = p.m <= operands.FEW
-    spec = gemm.Spec(
+    spec = Spec(
         inner="bf16",
         method="direct" if few else "decoded",
         element=fmt.element,
@@ -39,8 +40,8 @@ def _spec(p: Problem) -> gemm.Spec:
         residual=p.residual,
     )
     isa = operands.isa_of(p)
-    # Tiles sum in an order of their own, so every m takes them where bits must not depend on it.
-    if isa.amx and (p.batch_invariant or not few):
+    # Tiles decode as fast for few rows, and have an order of their own: every m takes them.
+    if isa.amx:
         return gemm.for_tiles(spec, isa, m=p.m, segment=operands.segment_of(p), k=p.k)
     return spec
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from lowbit.kernels.cpu import gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.decode import consecutive
+from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.declare import Bind, FusedBind, Kernel, Problem, Roundings
 from lowbit.kernels.layouts import WIDTHS, granule
 
 
-def _spec(p: Problem) -> gemm.Spec:
+def _spec(p: Problem) -> Spec:
     fmt = p.w
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
-    spec = gemm.Spec(
+    spec = Spec(
         inner="dot",
         method="direct" if p.m <= operands.FEW else "decoded",
         element=fmt.element,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from lowbit.formats import Format
 from lowbit.kernels.cpu import gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
+from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
 
 
-def _spec(p: Problem) -> gemm.Spec:
+def _spec(p: Problem) -> Spec:
     fmt = p.w
     panels = p.layout == "words16" and fmt.scale.block[0] == 1
-    return gemm.Spec(
+    return Spec(
         inner="fma",
         method="direct" if p.m <= operands.FEW else "decoded",
         element=fmt.element,

@@ -36,7 +36,7 @@ _BLOCK = struct.Struct(program.FORMAT)
 _TILE_STEPS = 16  # 32-bit steps of the widest AMX tile
 # Vectors of a panel that are decoded at a time, to stay in the first level cache. Fewer where sums
 # are scaled in between, which need room as well.
-_DECODED = {"tiles": 128, "decoded": 96}
+_DECODED = {"tiles": 128, "decoded": 128}
 _SCALED = 64
 # Rows of a tile, at least and at most, and 32-bit steps of each lane that stay below a hundredth of
 # a second.
@@ -81,8 +81,9 @@ def for_tiles(spec: Spec, isa: Isa, *, m: int, segment: int, k: int) -> Spec:
     """The same product in AMX's tiles: few rows decode just before they multiply."""
     tiles = replace(spec, method="tiles")
     steps = Steps(tiles, isa)
-    if m <= TALL and not steps.plain and not Units.of(tiles, steps, segment, k).padded:
-        return replace(spec, method="single")
+    units = Units.of(tiles, steps, segment, k)
+    if m <= TALL and not steps.plain and not units.padded:
+        return replace(spec, method="single", tile=units.each * steps.count)
     return tiles
 
 

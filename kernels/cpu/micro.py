@@ -57,6 +57,7 @@ class Micro(ABC):
         f, v = self.function, self.values
         start = f.op("udiv", v["first"], v["segment"])
         stop = f.over(v["last"], v["segment"])
+        self._begin()
         with f.loop(start, stop) as outer:
             begin = f.mul(outer.index, v["segment"])
             end = f.add(begin, v["segment"])
@@ -65,6 +66,9 @@ class Micro(ABC):
             fresh = f.compare("eq", at, begin)
             whole = f.compare("sge", until, f.least(end, v["total"]))
             self._segment(outer.index, f.op("sub", outer.index, start), at, until, fresh, whole)
+
+    def _begin(self) -> None:  # noqa: B027  (most have nothing to do)
+        """What comes before the first segment."""
 
     @abstractmethod
     def _segment(

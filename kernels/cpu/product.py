@@ -13,6 +13,7 @@ from lowbit.kernels.cpu import arrange, gemm, operands
 from lowbit.kernels.cpu.arrange import Arrangement
 from lowbit.kernels.cpu.micro import wants_x_sums
 from lowbit.kernels.cpu.operands import FLOAT32, address
+from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.tiles import TALL
 from lowbit.kernels.declare import NOT_FINITE, Array, Bind, Epilogue, Problem
 
@@ -22,7 +23,7 @@ Given = tuple[dict[str, int], Any]
 """Arguments of `gemm.Bound`, and what has to stay in memory until it returns."""
 
 
-def bind(p: Problem, spec: gemm.Spec, segment: int, dense: str | None = None) -> Bind:
+def bind(p: Problem, spec: Spec, segment: int, dense: str | None = None) -> Bind:
     """Bind one class of products to weights; `dense` is the dtype of an x that it quantizes."""
     compiled = gemm.build(spec, operands.isa_of(p))
     left = _Left(p, compiled, segment, dense)

@@ -16,7 +16,7 @@ from lowbit.kernels.cpu.decode import decoder
 from lowbit.kernels.cpu.epilogue import EDGE, writer
 from lowbit.kernels.cpu.ir import FLOAT, LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Shape
+from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import Steps
 from lowbit.kernels.cpu.tile import Vectors
@@ -118,9 +118,8 @@ class _Tile:
         self.spec, self.module = spec, module
         self.steps = Steps(spec, module.isa)
         self.tiles = spec.tiled
-        build, sizes = Vectors, tile.shapes(spec, module.isa)
-        if self.tiles:
-            build, sizes = Tiles, tiles.shapes(spec)
+        build: type[Micro] = Tiles if self.tiles else Vectors
+        sizes = tiles.shapes(spec) if self.tiles else tile.shapes(spec, module.isa)
         self.kernels = [(each, build(spec, module, each).function) for each in sizes]
         self.transpose = pack.transposer(module)
         self.row_table = pack.row_table(module)

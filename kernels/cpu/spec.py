@@ -26,6 +26,8 @@ class Spec:
     """How often a code is decoded: "direct" for every few rows of x, in registers; "decoded"
     once for all rows, into scratch; "tiles" likewise, for the matrix registers of AMX, and
     "single" for as few rows as one of them has, just before it is multiplied."""
+    tile: int = 0
+    """Steps of a tile, where they are unrolled ("single")."""
     layout: str = "rows"
     """Of w's codes."""
     scale: Element | str = "float32"

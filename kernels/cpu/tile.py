@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant
@@ -10,6 +10,9 @@ from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import OCTETS, PAIRS, dot_of
+
+Part = Callable[[Value, Value, Value | None], Value]
+"""product(w, x, sum) of one register; the sum is None where it is added apart."""
 
 
 def shapes(spec: Spec, isa: Isa) -> tuple[Shape, ...]:
@@ -21,7 +24,7 @@ def shapes(spec: Spec, isa: Isa) -> tuple[Shape, ...]:
     decoded = spec.method == "decoded"
     if vectors >= 32:
         if decoded:
-            return Shape(6, 4), Shape(2, 4), Shape(1, 4)
+            return Shape(6, 4), Shape(4, 4), Shape(2, 4), Shape(1, 4)
         return Shape(4, 4), Shape(2, 4), Shape(1, 4)
     if vectors >= 8:
         if decoded:
@@ -145,12 +148,15 @@ class Vectors(Micro):
         }[method]
         lane = f"<{LANES // parts} x i32>"
 
-        def one(a: Value, b: Value, c: Value) -> Value:
+        def one(a: Value, b: Value, c: Value | None) -> Value:
+            assert c is not None
             return f.call(name, lane, c, a, b)
 
         return self._by_parts(x, w, total, parts, OCTETS, one)
 
-    def _by_parts(self, x, w, total, parts, kind, one):  # type: ignore[no-untyped-def]
+    def _by_parts(
+        self, x: Value, w: Value, total: Value | None, parts: int, kind: str, one: Part
+    ) -> Value:
         """Products of whole registers, where a register has fewer than 16 lanes."""
         f = self.function
         a, b = f.bits(w, kind), f.bits(x, kind)

@@ -20,8 +20,8 @@ from lowbit.kernels.cpu.spec import Spec
 TALL = 16  # rows of a tile
 TILE = TALL * VECTOR  # bytes
 SUMS = 4  # tiles
-STAGE = 2 * SUMS * TILE
-"""Bytes of the sums of a segment on their way to vectors, and of panels on their way to tiles."""
+STAGE = 3 * SUMS * TILE
+"""Bytes of a segment's sums on their way to vectors, and of two steps of panels on their way in."""
 _X, _W = (4, 5), (6, 7)
 
 
@@ -43,7 +43,12 @@ class Tiles(Micro):
 
     def __init__(self, spec: Spec, module: Module, shape: Shape) -> None:
         self.single = spec.method == "single"
+        self.centred = spec.zero is not None and spec.inner != "dot"
         super().__init__(spec, module, shape)
+
+    def _begin(self) -> None:
+        if self.single and not self.centred:
+            self._decode(self.values["first"], [None] * self.panels)
 
     def _segment(
         self, segment: Value, within: Value, at: Value, stop: Value, fresh: Value, whole: Value
@@ -62,11 +67,17 @@ class Tiles(Micro):
 
         f.either(fresh, clear, resume)
         zeros: list[Value | None] = [None] * self.panels
-        if self.single and self.spec.zero is not None and not self.integer:
+        if self.single and self.centred:
             zeros = [self._block("zeros", within, p, FLOAT) for p in range(self.panels)]
-
         with f.loop(at, stop) as inner:
-            self._multiply(inner.index, zeros)
+            if self.single and self.centred:
+                self._decode(inner.index, zeros)
+            elif self.single:
+                # One step ahead: a tile cannot be loaded before its stores have left the core.
+                following = f.add(inner.index, 1)
+                with f.when(f.compare("slt", following, self.values["last"])):
+                    self._decode(following, zeros)
+            self._multiply(inner.index)
 
         def suspend() -> list[Value]:
             for c in range(SUMS):
@@ -86,7 +97,7 @@ class Tiles(Micro):
         block, panel = divmod(c, self.panels)
         return self.function.at(self.values["carry"], block * TALL * ROW + panel * TILE)
 
-    def _multiply(self, index: Value, zeros: list[Value | None]) -> None:
+    def _multiply(self, index: Value) -> None:
         f, v = self.function, self.values
         within = f.op("sub", index, v["first"])
         x = f.at(v["x"], f.mul(index, TILE))
@@ -95,11 +106,7 @@ class Tiles(Micro):
             f.tile("tileloadd64", _X[block], rows, _bytes(VECTOR))
             for p in range(self.panels):
                 if not block or self.panels > len(_W):
-                    w = (
-                        self._decoded(p, within, zeros[p])
-                        if self.single
-                        else self._panel(p, within)
-                    )
+                    w = self._decoded(p, index) if self.single else self._panel(p, within)
                     f.tile("tileloadd64", _W[p % 2], w, _bytes(VECTOR))
                 f.tile(self._product(), block * self.panels + p, _X[block], _W[p % 2])
         if self.panels == len(_W):
@@ -113,19 +120,26 @@ class Tiles(Micro):
         f, v = self.function, self.values
         return f.at(v[f"codes{p}"], f.mul(f.mul(within, v["tile"]), VECTOR))
 
-    def _decoded(self, p: int, within: Value, zero: Value | None) -> Value:
-        """One tile of a panel, decoded into scratch."""
+    def _decoded(self, p: int, index: Value) -> Value:
+        """Scratch of one panel's tile, in turn one of two."""
+        f = self.function
+        turn = f.mul(f.op("and", index, 1), SUMS * TILE)
+        return f.at(f.at(self.values["stage"], (SUMS + p) * TILE), turn)
+
+    def _decode(self, index: Value, zeros: list[Value | None]) -> None:
+        """One tile of every panel, decoded into scratch."""
         f, v, steps = self.function, self.values, self.steps
-        granules = f.op("udiv", v["tile"], steps.count)
-        words = f.at(v[f"codes{p}"], f.mul(f.mul(within, granules), steps.words * VECTOR))
-        out = f.at(v["stage"], (SUMS + p) * TILE)
-        with f.loop(0, granules) as loop:
-            source = f.at(words, f.mul(loop.index, steps.words * VECTOR))
-            held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
-            to = f.at(out, f.mul(loop.index, steps.count * VECTOR))
-            for i, vector in enumerate(steps.emit(f, held, zero)):
-                f.store(vector, f.at(to, i * VECTOR), 64)
-        return out
+        granules = self.spec.tile // steps.count
+        first = f.mul(f.op("sub", index, v["first"]), granules * steps.words * VECTOR)
+        for p in range(self.panels):
+            words = f.at(v[f"codes{p}"], first)
+            out = self._decoded(p, index)
+            for granule in range(granules):
+                source = f.at(words, granule * steps.words * VECTOR)
+                held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
+                to = f.at(out, granule * steps.count * VECTOR)
+                for i, vector in enumerate(steps.emit(f, held, zeros[p])):
+                    f.store(vector, f.at(to, i * VECTOR), 64)
 
     def _product(self) -> str:
         if not self.integer:
