@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,6 +27,7 @@ from lowbit.formats.codes import rounded
 from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cpu import pool
+from lowbit.kernels.cpu.pool import address
 from lowbit.kernels.declare import NOT_FINITE, FusedBind
 from lowbit.kernels.reference import finish
 from lowbit.kernels.words16 import Words16
@@ -62,8 +62,8 @@ class Product:
     def __call__(self, x: Any, after: Epilogue) -> Array:  # noqa: D102  (said above)
         # interop.empty with its arithmetic done beforehand.
         memory = np.empty(self._bytes, _BYTES)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory.data))
-        out: Array = np.ndarray(self.shape, self.dtype, memory, -address % interop.ALIGNMENT)
+        offset = -address(memory) % interop.ALIGNMENT
+        out: Array = np.ndarray(self.shape, self.dtype, memory, offset)
         self.execute(x, after, out)
         return out if self.kept is self.shape else out.reshape(self.kept)
 
@@ -207,8 +207,12 @@ def _runs(problem: Problem, kernel: str | None) -> Callable[[Parts], Execute]:
 def _bound(bind: Callable[[Parts], Execute], parts: Parts, along: bool) -> Execute:
     if _readable(parts, along):
         return bind(parts)
-    # Each time anew: what is bound would keep a copy of the weight.
-    return lambda x, after, out: bind(_gathered(parts))(x, after, out)
+
+    def execute(x: Any, after: Epilogue, out: Array) -> object:
+        gathered = _gathered(parts)  # each time anew, or a copy of the weight would stay; a run
+        return bind(gathered)(x, after, out)  # knows addresses, so this name keeps the memory
+
+    return execute
 
 
 def _readable(parts: Parts, along: bool) -> bool:

@@ -187,18 +187,18 @@ def test_out_decides_the_dtype_of_the_plan():
 
 
 def test_out_may_be_an_operand_or_overlap_one():
-    w = random_qarray("int4_g32", 130, 130).T  # more than one tile: the first is written early
-    x, rest = normal(32, 130), normal(33, 130)
-    wanted = lb.matmul(x, w, residual=rest[1:])
-    plan = lb.plan(x, w, residual=rest[1:])
+    w = random_qarray("int4_g32", 192, 192).T  # more than one tile: the first is written early
+    x, rest = normal(32, 192), normal(33, 192)
+    wanted = lb.matmul(x, w, residual=rest[:-1])
+    plan = lb.plan(x, w, residual=rest[:-1])
     for call in (
-        lambda given, held: plan(given, residual=held[1:], out=held[:-1]),
-        lambda given, held: lb.matmul(given, w, residual=held[1:], out=held[:-1]),
+        lambda given, held: plan(given, residual=held[:-1], out=held[1:]),
+        lambda given, held: lb.matmul(given, w, residual=held[:-1], out=held[1:]),
         lambda given, held: plan(given, out=given),
-        lambda given, held: lb.matmul(given, w, residual=held[1:], out=given),
+        lambda given, held: lb.matmul(given, w, residual=held[:-1], out=given),
     ):
         assert (call(x.copy(), rest.copy()) == wanted).all()
-    bias = np.arange(32 * 130, dtype=np.float32).reshape(32, 130)
+    bias = np.arange(32 * 192, dtype=np.float32).reshape(32, 192)
     wanted = lb.matmul(x, w, bias=bias[3].copy())
     assert (lb.matmul(x, w, bias=bias[3], out=bias) == wanted).all()
 

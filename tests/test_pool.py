@@ -116,7 +116,7 @@ def automatic_threads():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("tiles", [0, 1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("tiles", [0, 1, 2, 3, 7, 100, 1001])
 def test_every_tile_runs_exactly_once(threads, tiles):
     for _ in range(20):
         memory, results = job(tiles)
@@ -515,6 +515,16 @@ def test_elsewhere_tiles_run_one_after_the_other(monkeypatch):
     run("count", memory)
     assert (results == 1).all()
     assert pool.describe().startswith("serial: the native pool needs 64-bit Linux, this is ")
+
+
+def test_addresses_are_those_of_numpy(monkeypatch):
+    memory = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    for array in (memory, memory[1:, ::-2], memory.T, memory[:0], np.float32(1)[None], np.empty(0)):
+        assert pool.address(array) == array.__array_interface__["data"][0]
+    assert pool.address is pool._choose_address()
+    monkeypatch.setattr(pool, "_address", lambda array: 8)
+    assert pool._choose_address() is pool._slow_address
+    assert pool._slow_address(memory[1:]) == memory[1:].ctypes.data
 
 
 def test_describe_counts():

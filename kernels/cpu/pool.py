@@ -27,6 +27,10 @@ from lowbit.kernels.cpu import native, pool_ir
 from lowbit.kernels.cpu.isa import RECORDS
 
 _pack = struct.Struct("PPPPqqqPq").pack
+_word = ctypes.c_size_t.from_address
+# NumPy's struct of an array begins with the object's head and goes on with the address of the
+# first element (ndarraytypes.h, PyArrayObject_fields); extension modules are compiled upon that.
+_DATA = object.__basicsize__
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,31 @@ def run(
     finally:
         if memory is not None:
             _spare.memory = memory
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return _word(id(array) + _DATA).value
+
+
+def _slow_address(array: np.ndarray[Any, Any]) -> int:
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+def _choose_address() -> Callable[[np.ndarray[Any, Any]], int]:
+    """The quick way where it gives what the slow one does: in CPython, not in every Python."""
+    if sys.implementation.name == "cpython":
+        sample = np.arange(16, dtype=np.uint8)[3:]
+        if _address(sample) == _slow_address(sample):
+            return _address
+    return _slow_address
+
+
+address = _choose_address()
+"""Of an array's first element, in 0.1 us; `__array_interface__` takes 0.9 us, `ctypes.data` 0.8.
+
+The array has to be alive (named) for as long as the address is used.
+"""
 
 
 def get_num_threads() -> int:
@@ -239,7 +268,7 @@ def _hire(helpers: int) -> _Crew:
 
 def _allocate(size: int) -> tuple[int, int, object]:
     memory = np.empty(size + 63, np.uint8)
-    return -(-memory.ctypes.data // 64) * 64, size, memory
+    return -(-address(memory) // 64) * 64, size, memory
 
 
 def _run_serially(function: int, argument: int, tiles: int, scratch: int) -> None:
