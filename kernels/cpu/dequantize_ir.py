@@ -439,9 +439,8 @@ def _rounded(spec: Spec, f: Function, wide: Value) -> Value:
     unit = f.add(f.op("and", larger, 0x7FF << 52), (52 - mantissa) << 52)
     moved = f.op("fadd", f.bits(size, DOUBLE), f.bits(unit, DOUBLE))
     near = f.bits(f.op("fsub", moved, f.bits(unit, DOUBLE)), LONG)
+    # Infinities and NaN stay what they are: their unit's exponent wraps around to a small one.
     signed = f.op("or", near, f.op("and", pattern, -(2**63)))
-    if not all(isfinite(v) for v in spec.element.values):
-        signed = f.select(f.compare("sge", size, 0x7FF << 52), pattern, signed)
     return f.bits(signed, DOUBLE)
 
 
