@@ -80,11 +80,12 @@ class Product:
 def apart(target: Array, x: Any, after: Epilogue) -> bool:
     """Whether a kernel can write there: rows without gaps, and no operand's memory."""
     flags = target.flags
-    steady = flags.c_contiguous and flags.aligned and target.dtype.isnative
-    return steady and not any(
-        isinstance(each, np.ndarray) and np.may_share_memory(target, each)
-        for each in (x, after.bias, after.residual)
-    )
+    if not (flags.c_contiguous and flags.aligned and target.dtype.isnative):
+        return False
+    for each in (x, after.bias, after.residual):
+        if isinstance(each, np.ndarray) and np.may_share_memory(target, each):
+            return False
+    return True
 
 
 def key_of(

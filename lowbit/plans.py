@@ -106,18 +106,17 @@ class Plan:
         array
             In the framework, and on the device, of x.
         """
-        if (
-            type(x) is np.ndarray
-            and x.shape == self._shape
-            and x.dtype == self._dtype
-            and residual is None
-            and out is None
-            and self._out is None
-        ):
-            return self._product(x, self._after)
-        given, origin = (x, interop.NUMPY) if isinstance(x, QArray) else interop.to_numpy(x, "x")
-        if _described(given) != self._taken:
-            self._refuse(given)
+        given, origin = x, interop.NUMPY
+        if type(x) is np.ndarray and x.shape == self._shape and x.dtype == self._dtype:
+            if residual is None and out is None and self._out is None:
+                return self._product(x, self._after)
+        else:
+            same = False
+            if not isinstance(x, QArray):
+                given, origin = interop.to_numpy(x, "x")
+                same = given.shape == self._shape and given.dtype == self._dtype
+            if not same and _described(given) != self._taken:
+                self._refuse(given)
         after = self._after if residual is None else self._with(residual)
         target = self._target if out is None else self._checked(out)
         if target is None:
