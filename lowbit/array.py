@@ -444,7 +444,7 @@ class QArray(Refusals):
         return render.rich_table(self)
 
 
-_LEAST = 1 << 14  # numbers; with fewer the reference takes less time than loading a kernel
+_LEAST = 1 << 12  # numbers; for fewer it does not pay to load a kernel
 
 
 def _dequantize_to(parts: Packed, out: Array) -> None:

@@ -211,13 +211,13 @@ def quantize(
     return result if out is None else _write(result, out)
 
 
-_LEAST = 1 << 14  # numbers; with fewer the reference takes less time than loading a kernel
+_LEAST = 1 << 12  # numbers; for fewer it does not pay to load a kernel
 
 
 def _refuse(fmt: Format, x: Array, *, method: str, rounding: str, overflow: str) -> str | None:
     """Why an array is not quantized by compiled code, in words; None if it is."""
     if x.size < _LEAST:
-        return f"fewer than {_LEAST} numbers take less time than loading a kernel"
+        return f"fewer than {_LEAST} numbers are not worth loading a kernel for"
     from lowbit.kernels.cpu import quantize as compiled
 
     return compiled.refuse(fmt, x, method=method, rounding=rounding, overflow=overflow)

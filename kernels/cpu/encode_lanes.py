@@ -52,6 +52,12 @@ def load_numbers(f: Function, dtype: str, address: Value, mask: Value | None = N
     return widened(f, dtype, load_lanes(f, f"i{8 * SIZES[dtype]}", address, mask))
 
 
+def prefetch(f: Function, address: Value) -> None:
+    """Ask for a cache line; the address need not exist."""
+    how = (constant("i32", 0), constant("i32", 3), constant("i32", 1))
+    f.call("llvm.prefetch.p0", "void", address, *how)
+
+
 class Divisor(NamedTuple):
     """A number that many lanes are divided by."""
 

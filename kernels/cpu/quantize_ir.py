@@ -24,6 +24,7 @@ from lowbit.kernels.cpu.encode_lanes import (
     Divisor,
     lanes_below,
     load_numbers,
+    prefetch,
     quotient,
     store_lanes,
 )
@@ -132,8 +133,15 @@ def _entry(
         kind = "ptr" if each in _ADDRESSES else "float" if each == "second" else "i64"
         a[each] = f.load(kind, f.at(block, 8 * i), 8)
     first = f.mul(number, a["per"])
-    with f.loop(first, f.least(f.add(first, a["per"]), a["chunks"])) as loop:
-        body(f, a, f.op("udiv", loop.index, a["across"]), f.op("urem", loop.index, a["across"]))
+    a["last"] = f.least(f.add(first, a["per"]), a["chunks"])
+    with f.loop(first, a["last"]) as loop:
+        a["chunk"] = loop.index
+        body(f, a, *_place(f, a, loop.index))
+
+
+def _place(f: Function, a: dict[str, Value], chunk: Value) -> tuple[Value, Value]:
+    """Band and part."""
+    return f.op("udiv", chunk, a["across"]), f.op("urem", chunk, a["across"])
 
 
 def _fused(spec: Spec, module: Module, find: Function, rule: Function, encode: Function) -> None:
@@ -157,6 +165,14 @@ def _fused(spec: Spec, module: Module, find: Function, rule: Function, encode: F
             at["steps"], at["reciprocals"], at["offsets"], at["quick"], a["flag"], a["second"],
         )  # fmt: skip
         quick = f.load("i64", at["quick"], 8)
+        # The next chunk comes from memory while this one is encoded.
+        band, part = _place(f, a, f.least(f.add(a["chunk"], 1), f.op("sub", a["last"], 1)))
+        ahead = f.add(
+            f.mul(f.mul(band, a["band"]), a["x_stride"]),
+            f.mul(f.mul(part, a["part"]), SIZES[spec.dtype]),
+        )
+        start = f.add(f.mul(row, a["x_stride"]), f.mul(column, SIZES[spec.dtype]))
+        ahead = f.op("sub", ahead, start)
         octet = f.op("lshr", f.mul(column, spec.element.bits), 3)
         with f.loop(0, rows) as loop:
             below = f.add(row, loop.index)
@@ -165,7 +181,7 @@ def _fused(spec: Spec, module: Module, find: Function, rule: Function, encode: F
                 f.at(x, f.mul(loop.index, a["x_stride"])),
                 f.at(a["codes"], f.add(f.mul(below, a["codes_stride"]), octet)),
                 constant("i64", 0), columns, a["block_columns"],
-                at["steps"], at["reciprocals"], at["offsets"], at["bytes"], quick,
+                at["steps"], at["reciprocals"], at["offsets"], at["bytes"], quick, ahead,
             )  # fmt: skip
 
     _entry(module, "fused", body)
@@ -207,6 +223,7 @@ def _encode_alone(spec: Spec, module: Module, encode: Function) -> None:
             *(f.at(a[name], place) for name in ("steps", "reciprocals", "offsets")),
             f.at(a["scratch"], a["bytes_at"]),
             a["quick"],
+            constant("i64", 0),
         )
 
     _entry(module, "encode", body)
@@ -392,7 +409,8 @@ def _finish(
 def _encode(spec: Spec, module: Module) -> Function:
     """Codes of columns [start, stop) of one row; `start` is a multiple of 8.
 
-    x, steps, reciprocals and offsets stand at column 0, out where the codes of `start` go.
+    x, steps, reciprocals and offsets stand at column 0, out where the codes of `start` go. Numbers
+    `ahead` bytes behind those of the row are asked for.
     """
     pointers = ("steps", "reciprocals", "offsets", "bytes")
     f = module.function(
@@ -400,10 +418,10 @@ def _encode(spec: Spec, module: Module) -> Function:
         dict.fromkeys(("x", "out"), "ptr")
         | dict.fromkeys(("start", "stop", "block"), "i64")
         | dict.fromkeys(pointers, "ptr")
-        | {"quick": "i64"},
+        | {"quick": "i64", "ahead": "i64"},
         "apart",
     )
-    x, out, start, stop, block, steps, reciprocals, offsets, octets, quick = f.parameters
+    x, out, start, stop, block, steps, reciprocals, offsets, octets, quick, ahead = f.parameters
     bits, size = spec.element.bits, SIZES[spec.dtype]
     choice = encoder(spec.element, module)
     pack = None if bits == 8 else encode_bits.packer(module, bits)
@@ -422,8 +440,10 @@ def _encode(spec: Spec, module: Module) -> Function:
         offset = f.splat(f.load("float", f.at(offsets, place), 4)) if spec.offset else None
 
         def body(index: Value, mask: Value | None) -> None:
-            at = f.add(begin, index)
-            y = load_numbers(f, spec.dtype, f.at(x, f.mul(at, size)), mask)
+            address = f.at(x, f.mul(f.add(begin, index), size))
+            if quickly:
+                prefetch(f, f.at(address, ahead))
+            y = load_numbers(f, spec.dtype, address, mask)
             if spec.bias and offset is not None:
                 y = f.op("fsub", y, offset)
             if spec.power and inverse is not None:
