@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write and draw."""
     options = parser().parse_args(arguments)
     if options.list:
-        listing()
+        listing(Choice(options.shapes, options.rows, options.quick))
         return
     groups = chosen(options)
     pace = Pace(options.seconds, options.rounds, options.rotate << 20)
@@ -186,10 +186,10 @@ def write(
     unfinished.replace(path)
 
 
-def listing() -> None:
+def listing(choice: Choice) -> None:
     """Sections with their size, and contenders with what keeps them away."""
     for name, section in SECTIONS.items():
-        groups = section(Choice())
+        groups = section(choice)
         minutes = estimate(groups, Pace()) / 60
         print(f"{name:<12}{(section.__doc__ or '').splitlines()[0]}", end=" ")
         print(f"({len(groups)} groups, about {minutes:.0f} minutes)")

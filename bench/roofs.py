@@ -75,8 +75,8 @@ def peaks(isa: Isa) -> dict[str, Peak]:
     found = {"fma": _fma(isa)}
     if isa.dot.startswith("vpdpbusd"):
         found["int8_dot"] = _vnni(isa)
-    if isa.dot == "sdot":
-        found["int8_dot"] = _sdot(isa)
+    if isa.dot in ("sdot", "smmla"):
+        found["int8_dot"] = _arm_dot(isa)
     if isa.bf16:
         found["bf16_dot"] = _bf16(isa)
     if isa.amx:
@@ -88,7 +88,7 @@ def peaks(isa: Isa) -> dict[str, Peak]:
 def _fma(isa: Isa) -> Peak:
     lanes = isa.lanes
     kind, name = f"<{lanes} x float>", f"@llvm.fma.v{lanes}f32"
-    fused = "fma" in isa.needs or isa.dot == "sdot"
+    fused = "fma" in isa.needs or isa.triple.startswith("aarch64")
     step = f"{{to}} = call {kind} {name}({kind} %x, {kind} %y, {kind} {{acc}})"
     head = f"declare {kind} {name}({kind}, {kind}, {kind})"
     if not fused:
@@ -112,8 +112,9 @@ def _vnni(isa: Isa) -> Peak:
     )
 
 
-def _sdot(isa: Isa) -> Peak:
-    name = "@llvm.aarch64.neon.sdot.v4i32.v16i8"
+def _arm_dot(isa: Isa) -> Peak:
+    """sdot sums four products a lane; smmla multiplies 2 x 8 by 8 x 2."""
+    name = f"@llvm.aarch64.neon.{isa.dot}.v4i32.v16i8"
     return Peak(
         isa,
         isa.registers - 4,
@@ -121,7 +122,7 @@ def _sdot(isa: Isa) -> Peak:
         f"{{to}} = call <4 x i32> {name}(<4 x i32> {{acc}}, <16 x i8> %x, <16 x i8> %y)",
         "<16 x i8>",
         f"declare <4 x i32> {name}(<4 x i32>, <16 x i8>, <16 x i8>)",
-        32,
+        {"sdot": 32, "smmla": 64}[isa.dot],
     )
 
 

@@ -381,7 +381,7 @@ def test_tasks_travel_as_text() -> None:
 
 INSTRUCTIONS = {
     "fma": ("vfmadd", "fmla", "addps"),
-    "int8_dot": ("vpdpbusd", "sdot"),
+    "int8_dot": ("vpdpbusd", "sdot", "smmla"),
     "bf16_dot": ("vdpbf16ps",),
     "amx_int8": ("tdpbssd",),
     "amx_bf16": ("tdpbf16ps",),

@@ -7,6 +7,7 @@ MLX gives no say in how many threads an operation uses on the CPU.
 
 from __future__ import annotations
 
+from importlib import metadata
 from importlib.util import find_spec
 
 import numpy as np
@@ -28,9 +29,7 @@ def missing() -> str | None:
 
 def version() -> str:
     """The release."""
-    import mlx.core as mx
-
-    return f"mlx {mx.__version__}"
+    return f"mlx {metadata.version('mlx')}"
 
 
 def refusal(name: str, work: Work) -> str | None:
