@@ -163,20 +163,27 @@ def hand_off() -> list[Figure]:
     count = np.zeros(1, np.int64)
     address = pool.address(count)
 
-    def once(pause: float) -> float:
+    def once(idle: float, asleep: bool = False) -> float:
         count[0] = 0
-        time.sleep(pause) if pause else None
+        until = time.perf_counter() + idle
+        if asleep:
+            time.sleep(idle)
+        while time.perf_counter() < until:
+            pass
         start = time.perf_counter()
         pool.run(meet, address, 2, 0, 2)
         return time.perf_counter() - start
 
     once(0)
-    awake = statistics.median(once(0) for _ in range(5000))
-    asleep = statistics.median(once(0.001) for _ in range(500))
-    return [
-        Figure("hand-off to a thread that is awake", awake * 1e6, "us", 5.0),
-        Figure("hand-off to a thread that is asleep", asleep * 1e6, "us", 100.0),
-    ]
+    figures = []
+    for name, limit, idle, asleep in (
+        ("hand-off to a thread at once", 5.0, 0.0, False),
+        ("hand-off to a thread after 100 us of other work", 5.0, 1e-4, False),
+        ("hand-off to a thread that is asleep", 100.0, 1e-3, True),
+    ):
+        seconds = statistics.median(once(idle, asleep) for _ in range(1000))
+        figures.append(Figure(name, seconds * 1e6, "us", limit))
+    return figures
 
 
 def peak_memory(name: str) -> Figure:
