@@ -65,18 +65,17 @@ def _panel(axes: Any, name: str, kinds: Sequence[str], rows: Sequence[Row], roof
             label=each,
         )
     peaks = {k: roofs.operations[k] / 1e9 for k in kinds if k in roofs.operations}
-    left, right = axes.get_xlim()
-    left, right = min(0.8 * left, 1.0) if left > 0 else 0.5, 1.6 * right
+    left = 0.7 * min(r.operations / r.traffic for r in rows)
+    right = 1.6 * max(r.operations / r.traffic for r in rows)
     top = max(peaks.values())
     xs = [left, top / (roofs.read / 1e9)]
     axes.plot(xs, [x * roofs.read / 1e9 for x in xs], color="#333333", linewidth=1.4)
     axes.annotate(
         f"reads {roofs.read / 1e9:.1f} GB/s",
-        (left * 1.15, left * 1.15 * roofs.read / 1e9),
-        rotation=45,
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-        va="bottom",
+        (2 * left, 2 * left * roofs.read / 1e9),
+        xytext=(8, -6),
+        textcoords="offset points",
+        va="top",
         fontsize=8.5,
     )
     for kind, peak in peaks.items():
