@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 
-from lowbit.formats import Format
-from lowbit.kernels.cpu import gemm, operands, product
+from lowbit.formats import Element, Format
+from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import narrowed
@@ -58,6 +58,10 @@ def _accepts(p: Problem) -> str | None:
         return f"float zero points do not leave bfloat16 numbers, {p.w.name} has them"
     if p.w.zero is not None and not p.w.element.integral:
         return f"zero points are taken off whole numbers only, got {p.w.name}"
+    if isinstance(p.w.zero, Element):
+        farthest = max(p.w.element.max - p.w.zero.min, p.w.zero.max - p.w.element.min)
+        if farthest > 256:
+            return f"{p.w.name} has differences up to {farthest:g}, bfloat16 whole numbers to 256"
     for value in p.w.element.values:
         if math.isinf(value) or 0 < abs(value) < _SMALLEST:
             return f"{p.w.element.name} has {value:g}, which the instruction would lose"
@@ -79,12 +83,8 @@ def _refuse_x(p: Problem) -> str | None:
 
 
 def _cost(p: Problem) -> float:
-    isa = operands.isa_of(p)
-    tiles = isa.amx and (p.batch_invariant or p.m > operands.FEW)
-    rate = (400e9 if tiles else 4e9 * isa.lanes) * min(p.threads, 64)
-    rows = max(p.m, 16) if tiles else p.m
-    decoding = 1.5e-10 * p.n * p.k / min(p.threads, 64) if tiles else 0.0
-    return 10e-6 + operands.packing_seconds(p) + decoding + rows * p.n * p.k / rate
+    spec = _spec(p)
+    return costs.seconds(p, spec.inner, spec.method, operands.segment_of(p))
 
 
 def _build(p: Problem) -> Bind:
