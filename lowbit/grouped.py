@@ -187,12 +187,14 @@ def _groups(
             whole = quantize(x, fmt) if whole is None else whole
             part = whole[rows]
             product = binding.find(part, weight, options._replace(x_format=None), most)
-        one = Epilogue(
-            after.alpha,
-            None if after.bias is None else after.bias[expert],
-            after.activation,
-            None if after.residual is None else after.residual[rows],
-        )
+        one = after
+        if after.bias is not None or after.residual is not None:
+            one = Epilogue(
+                after.alpha,
+                None if after.bias is None else after.bias[expert],
+                after.activation,
+                None if after.residual is None else after.residual[rows],
+            )
         try:
             product.execute(part, one, out[rows])
         except ValueError:
