@@ -28,7 +28,7 @@ class Isa:
     registers: int
     """Vector registers."""
     dot: str
-    """How int8 products are summed: vpdpbusd512, vpdpbusd256, pmaddubsw, sdot or widen."""
+    """How int8 products are summed: vpdpbusd512, vpdpbusd256, pmaddubsw, smmla, sdot or widen."""
     permute: str
     """How a table of 16 floats is looked up: vpermps512, vpermps256x2 or load."""
     pdep: bool
@@ -64,6 +64,21 @@ def _avx512(name: str, features: str = "", needs: tuple[str, ...] = (), **more: 
         pdep=True,
         needs=(*_VNNI, *needs),
         **more,
+    )
+
+
+def _neon(name: str, dot: str, features: str, needs: tuple[str, ...]) -> Isa:
+    return Isa(
+        name=name,
+        triple=_ARM,
+        cpu="generic",
+        features=features,
+        lanes=4,
+        registers=32,
+        dot=dot,
+        permute="load",
+        pdep=False,
+        needs=needs,
     )
 
 
@@ -104,18 +119,8 @@ RECORDS: tuple[Isa, ...] = (
         pdep=False,
         needs=_V3,
     ),
-    Isa(
-        name="neon",
-        triple=_ARM,
-        cpu="generic",
-        features="+neon,+dotprod",
-        lanes=4,
-        registers=32,
-        dot="sdot",
-        permute="load",
-        pdep=False,
-        needs=("asimd", "asimddp"),
-    ),
+    _neon("neoni8mm", "smmla", "+neon,+dotprod,+i8mm", ("asimd", "asimddp", "i8mm")),
+    _neon("neon", "sdot", "+neon,+dotprod", ("asimd", "asimddp")),
     Isa(
         name="generic",
         triple="",

@@ -50,6 +50,7 @@ DOTS = {
     "pmaddubsw": Dot(4, False),
     "pmaddwd": Dot(2, False),
     "sdot": Dot(4, True),
+    "smmla": Dot(4, True),
     "widen": Dot(1, False),
     "tiles": Dot(4, True),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant
+from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant, scalar
 from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
@@ -23,15 +23,13 @@ def shapes(spec: Spec, isa: Isa) -> tuple[Shape, ...]:
     vectors = isa.registers * isa.lanes // LANES
     decoded = spec.method == "decoded"
     if vectors >= 32:
-        if decoded:
-            return Shape(6, 4), Shape(4, 4), Shape(2, 4), Shape(1, 4)
-        return Shape(4, 4), Shape(2, 4), Shape(1, 4)
-    if vectors >= 8:
-        if decoded:
-            narrow = spec.inner == "dot" and isa.dot == "pmaddubsw"
-            return Shape(4 if narrow else 6, 1), Shape(1, 4)
-        return Shape(4, 1), Shape(1, 4)
-    return Shape(2, 1), Shape(1, 1)
+        few = Shape(4, 4), Shape(2, 4), Shape(1, 4)
+        return (Shape(6, 4), *few) if decoded else few
+    if isa.lanes == 4:
+        return (Shape(4, 1), Shape(1, 2)) if isa.registers == 32 else (Shape(2, 1), Shape(1, 1))
+    if spec.inner == "dot" and isa.dot == "pmaddubsw":
+        return Shape(3, 1), Shape(1, 4)  # its constants take registers as well
+    return Shape(6 if decoded else 4, 1), Shape(1, 4)
 
 
 class Vectors(Micro):
@@ -39,6 +37,8 @@ class Vectors(Micro):
 
     def __init__(self, spec: Spec, module: Module, shape: Shape) -> None:
         self.method = dot_of(spec, module.isa)
+        if self.method == "smmla" and shape.rows == 1:
+            self.method = "sdot"  # it takes rows in pairs
         super().__init__(spec, module, shape)
 
     def _segment(
@@ -56,14 +56,14 @@ class Vectors(Micro):
             rest = f.op("urem", f.op("sub", stop, at), unrolled)
             even = f.op("sub", stop, rest)
             with f.loop(at, even, unrolled, carried=carried) as inner:
-                for i in range(unrolled):
-                    inner.carried = self._granule(f.add(inner.index, i), inner.carried, zeros)
+                inner.carried = self._granules(inner.index, unrolled, inner.carried, zeros)
             at, carried = even, inner.results
         with f.loop(at, stop, carried=carried) as inner:
-            inner.carried = self._granule(inner.index, inner.carried, zeros)
+            inner.carried = self._granules(inner.index, 1, inner.carried, zeros)
 
         def finish() -> list[Value]:
             blocks = self._blocks(segment, within)
+            sums = self._by_rows(inner.results)
             for r in range(self.rows):
                 row = [f.mul(v[f"{name}_stride"], r) if r else 0 for name in ("x_scales", "x_sums")]
                 self._finish(
@@ -71,7 +71,7 @@ class Vectors(Micro):
                     f.at(v["x_scales"], row[0]),
                     f.at(v["x_sums"], row[1]),
                     f.at(v["sums"], r * ROW),
-                    inner.results[r * self.panels : (r + 1) * self.panels],
+                    sums[r * self.panels : (r + 1) * self.panels],
                 )
             return []
 
@@ -89,41 +89,109 @@ class Vectors(Micro):
             self.function.store(each, self._place(self.values["carry"], r, p), 64)
         return []
 
-    def _granule(self, granule: Value, sums: list[Value], zeros: list[Value]) -> list[Value]:
-        """One granule of every panel."""
+    def _granules(
+        self, granule: Value, many: int, sums: list[Value], zeros: list[Value]
+    ) -> list[Value]:
+        """Some granules of every panel."""
         f, v, count = self.function, self.values, self.steps.count
         within = f.op("sub", granule, v["first"])
-        operands = [
-            self._operands(v[f"codes{p}"], within, zeros[p] if zeros else None)
-            for p in range(self.panels)
-        ]
         place = f.mul(granule, 4 * count)
         x = [
             f.at(f.at(v["x"], f.mul(v["x_stride"], r) if r else 0), place) for r in range(self.rows)
         ]
+        operands = [
+            self._operands(v[f"codes{p}"], within, many, zeros[p] if zeros else None)
+            for p in range(self.panels)
+        ]
+        if self.method == "smmla" and self.integer:
+            return self._pairs(x, operands, many * count, list(sums))
         sums = list(sums)
-        for step in range(count):
-            w = [next(each) for each in operands]
-            for r in range(self.rows):
-                one = f.splat(
-                    f.load("float" if self.kind == FLOAT else "i32", f.at(x[r], 4 * step), 4)
-                )
-                for p in range(self.panels):
-                    i = r * self.panels + p
-                    sums[i] = self._multiply(one, w[p], sums[i])
+        if self.rows == 1 and self.module.isa.lanes < LANES:
+            # Few registers: one panel's vectors after the other's.
+            for p, each in enumerate(operands):
+                for step, w in enumerate(each):
+                    self._step(x, step, {p: w}, sums)
+            return sums
+        for step in range(many * count):
+            self._step(x, step, {p: next(each) for p, each in enumerate(operands)}, sums)
         return sums
 
-    def _operands(self, codes: Value, within: Value, zeros: Value | None) -> Iterator[Value]:
+    def _step(self, x: list[Value], step: int, w: dict[int, Value], sums: list[Value]) -> None:
+        """One step of some panels times all rows."""
+        f, kind = self.function, scalar(self.kind)
+        for r in range(self.rows):
+            one = f.splat(f.load(kind, f.at(x[r], 4 * step), 4))
+            for p, each in w.items():
+                i = r * self.panels + p
+                sums[i] = self._multiply(one, each, sums[i])
+        # Not an instruction: else LLVM loads w of all steps first, and has to spill the sums.
+        f.do('fence syncscope("singlethread") seq_cst')
+
+    def _pairs(
+        self, x: list[Value], operands: list[Iterator[Value]], count: int, sums: list[Value]
+    ) -> list[Value]:
+        """Two steps of two rows of w by two steps of two rows of x: 2 x 2 sums an instruction.
+
+        In place of the sums of rows r and r + 1 stand those of rows 0, 1 and of rows 2, 3 of each
+        four of w: [w0 x0, w0 x1, w1 x0, w1 x1].
+        """
+        f = self.function
+        held = [list(each) for each in operands]
+        for step in range(0, count, 2):
+            both = step + 1 < count
+            wide = "i64" if both else "i32"
+            loaded = [f.load(wide, f.at(row, 4 * step), 4) for row in x]
+            octets = [f.cast("zext", each, "i64") for each in loaded]
+            for p in range(self.panels):
+                w0 = held[p][step]
+                w1 = held[p][step + 1] if both else constant(INT, 0)
+                for r in range(0, self.rows, 2):
+                    pair = f.let("<2 x i64>", f"insertelement <2 x i64> poison, {octets[r]}, i64 0")
+                    pair = f.let("<2 x i64>", f"insertelement {pair}, {octets[r + 1]}, i64 1")
+                    pair = f.bits(pair, "<16 x i8>")
+                    for which, lanes in enumerate(([0, 4, 1, 5], [2, 6, 3, 7])):
+                        i = (r + which) * self.panels + p
+                        sums[i] = self._smmla(w0, w1, pair, lanes, sums[i])
+        return sums
+
+    def _smmla(self, w0: Value, w1: Value, x: Value, lanes: list[int], total: Value) -> Value:
+        f, name = self.function, "llvm.aarch64.neon.smmla.v4i32.v16i8"
+        parts = []
+        for quarter in range(4):
+            own = list(range(4 * quarter, 4 * quarter + 4))
+            a, b, c = (f.shuffle(each, each, own) for each in (w0, w1, total))
+            w = f.bits(f.shuffle(a, b, lanes), "<16 x i8>")
+            parts.append(f.call(name, "<4 x i32>", c, w, x))
+        return self._joined(parts)
+
+    def _by_rows(self, sums: Sequence[Value]) -> list[Value]:
+        """The sums of each row of x, from pairs of rows."""
+        if self.method != "smmla" or not self.integer:
+            return list(sums)
+        f, found = self.function, list(sums)
+        for r in range(0, self.rows, 2):
+            for p in range(self.panels):
+                i, j = r * self.panels + p, (r + 1) * self.panels + p
+                for k, odd in ((i, 0), (j, 1)):
+                    lanes = [4 * q + n + odd for q in range(4) for n in (0, 2, LANES, LANES + 2)]
+                    found[k] = f.shuffle(sums[i], sums[j], lanes)
+        return found
+
+    def _operands(
+        self, codes: Value, within: Value, many: int, zeros: Value | None
+    ) -> Iterator[Value]:
         f, steps = self.function, self.steps
         if self.spec.method == "decoded":
             base = f.at(codes, f.mul(within, steps.count * VECTOR))
             kind = FLOAT if self.spec.inner == "fma" else INT
-            for step in range(steps.count):
+            for step in range(many * steps.count):
                 yield f.load(kind, f.at(base, step * VECTOR), 64)
             return
         base = f.at(codes, f.mul(within, steps.words * VECTOR))
-        words = [f.load(INT, f.at(base, i * VECTOR), 4) for i in range(steps.words)]
-        yield from steps.emit(f, words, zeros)
+        for i in range(many):
+            at = f.at(base, i * steps.words * VECTOR)
+            words = [f.load(INT, f.at(at, word * VECTOR), 4) for word in range(steps.words)]
+            yield from steps.emit(f, words, zeros)
 
     def _multiply(self, x: Value, w: Value, total: Value) -> Value:
         f, method = self.function, self.method
@@ -167,10 +235,15 @@ class Vectors(Micro):
             own = list(range(lanes * part, lanes * (part + 1)))
             c = None if total is None else f.shuffle(total, total, own)
             found.append(one(f.shuffle(a, a, inside), f.shuffle(b, b, inside), c))
-        while len(found) > 1:
-            both = list(range(2 * int(found[0].type[1:].split()[0])))
-            found = [f.shuffle(found[i], found[i + 1], both) for i in range(0, len(found), 2)]
-        return found[0]
+        return self._joined(found)
+
+    def _joined(self, parts: list[Value]) -> Value:
+        """One vector of the parts' lanes."""
+        while len(parts) > 1:
+            both = list(range(2 * int(parts[0].type[1:].split()[0])))
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self.function.shuffle(a, b, both) for a, b in pairs]
+        return parts[0]
 
     def _words(self, a: Value, b: Value, _: Value | None) -> Value:
         return self.function.call("llvm.x86.avx2.pmadd.wd", "<8 x i32>", a, b)
