@@ -209,10 +209,11 @@ COMPILED = [k.name for k in kernels.registered() if k.device == "cpu" and k.name
 # One of each way to decode, of each kind of scale, of zero points and of biases.
 SOME = (
     "int8_row", "uint8_row_asym", "int4_g40", "int4_4x32_asym", "uint4_g32_zf32", "int2_g16_asym",
+    "int1_g32", "uint3_g32_asym", "int7_g32",
     "nf4_g64_bias_bf16", "float8_e4m3fn_16x24", "mxfp6", "nvfp4",
 )  # fmt: skip
 FORMATS = (*(name for name, named in declared().items() if not named.short), *SOME)
-CASES = [(isa, w) for isa in ISAS for w in (SOME if isa is PLAIN else FORMATS)]
+CASES = [(isa, w) for isa in ISAS for w in (FORMATS if isa.name == "neon" else SOME)]
 
 
 @pytest.mark.parametrize(("isa", "w"), CASES, ids=[f"{isa.name}: {w}" for isa, w in CASES])
