@@ -52,9 +52,9 @@ def load_numbers(f: Function, dtype: str, address: Value, mask: Value | None = N
     return widened(f, dtype, load_lanes(f, f"i{8 * SIZES[dtype]}", address, mask))
 
 
-def prefetch(f: Function, address: Value) -> None:
-    """Ask for a cache line; the address need not exist."""
-    how = (constant("i32", 0), constant("i32", 3), constant("i32", 1))
+def prefetch(f: Function, address: Value, *, near: bool) -> None:
+    """Ask for a cache line, into the nearest cache or the second; the address need not exist."""
+    how = (constant("i32", 0), constant("i32", 3 if near else 2), constant("i32", 1))
     f.call("llvm.prefetch.p0", "void", address, *how)
 
 

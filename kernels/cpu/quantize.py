@@ -38,7 +38,7 @@ from lowbit.kernels.cpu.quantize_ir import (
 Array = npt.NDArray[Any]
 
 _NEAR = 1 << 19  # numbers of a block that is read once
-_TILE = 1 << 16  # numbers of a tile: 10 us
+_TILE = 1 << 17  # numbers of a tile: 30 us
 _STRIP = 1 << 18  # numbers copied at a time where memory cannot be read as it is
 _BLOCKS = 1 << 15  # blocks whose scales NumPy makes at a time
 _UNROLLED = (1, 2, 4, 8, 16)  # vectors of a block

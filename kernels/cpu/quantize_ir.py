@@ -34,6 +34,7 @@ from lowbit.kernels.cpu.isa import Isa
 VECTOR = 4 * LANES
 PIECE = 2048  # codes that wait as bytes before they are packed
 WORK = 2 * LANES * VECTOR
+_AHEAD = 1 << 13  # bytes, where all of an array is read in order
 MOST, LEAST, INFINITE = 2**31 - 1, -(2**31), 0x7F800000
 
 
@@ -154,7 +155,7 @@ def _fused(spec: Spec, module: Module, find: Function, rule: Function, encode: F
         names = ("low", "high", "steps", "reciprocals", "offsets", "work", "bytes", "quick")
         at = {name: f.at(a["scratch"], a[f"{name}_at"]) for name in names}
         f.run(
-            find, x, a["x_stride"], rows, columns, a["block_columns"],
+            find, x, a["x_stride"], rows, columns, a["block_columns"], constant("i64", 0),
             at["low"], at["high"], at["work"], a["flag"],
         )  # fmt: skip
         place = f.add(f.mul(band, a["grid_stride"]), f.op("udiv", column, a["block_columns"]))
@@ -165,14 +166,15 @@ def _fused(spec: Spec, module: Module, find: Function, rule: Function, encode: F
             at["steps"], at["reciprocals"], at["offsets"], at["quick"], a["flag"], a["second"],
         )  # fmt: skip
         quick = f.load("i64", at["quick"], 8)
-        # The next chunk comes from memory while this one is encoded.
-        band, part = _place(f, a, f.least(f.add(a["chunk"], 1), f.op("sub", a["last"], 1)))
-        ahead = f.add(
-            f.mul(f.mul(band, a["band"]), a["x_stride"]),
-            f.mul(f.mul(part, a["part"]), SIZES[spec.dtype]),
+        # While a chunk is encoded memory would idle: the one after the next comes into the second
+        # cache, and the next one from there into the nearest.
+        next_band, next_part = _place(
+            f, a, f.least(f.add(a["chunk"], 1), f.op("sub", a["last"], 1))
         )
-        start = f.add(f.mul(row, a["x_stride"]), f.mul(column, SIZES[spec.dtype]))
-        ahead = f.op("sub", ahead, start)
+        ahead = f.add(
+            f.mul(f.op("sub", next_band, band), f.mul(a["band"], a["x_stride"])),
+            f.mul(f.op("sub", next_part, part), f.mul(a["part"], SIZES[spec.dtype])),
+        )
         octet = f.op("lshr", f.mul(column, spec.element.bits), 3)
         with f.loop(0, rows) as loop:
             below = f.add(row, loop.index)
@@ -198,6 +200,7 @@ def _extremes_alone(spec: Spec, module: Module, find: Function) -> None:
             f.least(f.op("sub", a["rows"], row), a["band"]),
             f.least(f.op("sub", a["columns"], column), a["part"]),
             a["block_columns"],
+            constant("i64", _AHEAD),
             f.at(a["low"], f.mul(place, 4)),
             f.at(a["high"], f.mul(place, 4)),
             f.at(a["scratch"], a["work_at"]),
@@ -223,7 +226,7 @@ def _encode_alone(spec: Spec, module: Module, encode: Function) -> None:
             *(f.at(a[name], place) for name in ("steps", "reciprocals", "offsets")),
             f.at(a["scratch"], a["bytes_at"]),
             a["quick"],
-            constant("i64", 0),
+            constant("i64", _AHEAD),
         )
 
     _entry(module, "encode", body)
@@ -249,18 +252,22 @@ def _extremes(spec: Spec, module: Module) -> Function:
     """Extremes of the blocks of some rows; only whole entries of low and high are written.
 
     A pattern of NaN or infinity in any block sets the flag. `low` is written only if `signed`.
+    Numbers `ahead` bytes behind those looked at are asked for.
     """
-    pointers, numbers = ("low", "high", "work", "flag"), ("stride", "rows", "columns", "block")
+    pointers = ("low", "high", "work", "flag")
+    numbers = ("stride", "rows", "columns", "block", "ahead")
     f = module.function(
         "find",
         {"x": "ptr"} | dict.fromkeys(numbers, "i64") | dict.fromkeys(pointers, "ptr"),
         "apart",
     )
-    x, stride, rows, columns, block, low, high, work, flag = f.parameters
+    x, stride, rows, columns, block, ahead, low, high, work, flag = f.parameters
     size = SIZES[spec.dtype]
     folds = [(_larger, LEAST), (_smaller, MOST)] if spec.signed else [(_larger, 0)]
 
     def key(address: Value, mask: Value | None) -> Value:
+        if mask is None:
+            prefetch(f, f.at(address, ahead), near=False)
         bits = f.bits(load_numbers(f, spec.dtype, address, mask), INT)
         return _ordered(f, bits) if spec.signed else f.op("and", bits, MOST)
 
@@ -410,7 +417,7 @@ def _encode(spec: Spec, module: Module) -> Function:
     """Codes of columns [start, stop) of one row; `start` is a multiple of 8.
 
     x, steps, reciprocals and offsets stand at column 0, out where the codes of `start` go. Numbers
-    `ahead` bytes behind those of the row are asked for.
+    `ahead` bytes behind those of the row are asked for, and into a farther cache as many again.
     """
     pointers = ("steps", "reciprocals", "offsets", "bytes")
     f = module.function(
@@ -422,6 +429,7 @@ def _encode(spec: Spec, module: Module) -> Function:
         "apart",
     )
     x, out, start, stop, block, steps, reciprocals, offsets, octets, quick, ahead = f.parameters
+    further = f.add(ahead, ahead)
     bits, size = spec.element.bits, SIZES[spec.dtype]
     choice = encoder(spec.element, module)
     pack = None if bits == 8 else encode_bits.packer(module, bits)
@@ -441,8 +449,8 @@ def _encode(spec: Spec, module: Module) -> Function:
 
         def body(index: Value, mask: Value | None) -> None:
             address = f.at(x, f.mul(f.add(begin, index), size))
-            if quickly:
-                prefetch(f, f.at(address, ahead))
+            prefetch(f, f.at(address, ahead), near=True)
+            prefetch(f, f.at(address, further), near=False)
             y = load_numbers(f, spec.dtype, address, mask)
             if spec.bias and offset is not None:
                 y = f.op("fsub", y, offset)
