@@ -103,7 +103,7 @@ def matmul(
         and out_dtype is None
         and batch_invariant is False
         and kernel is None
-        and (activation is None or activation in ACTIVATIONS)
+        and (activation is None or type(activation) is str)
     ):
         # What multiplied before has passed the checks of operands below, which look at nothing
         # but shapes, dtypes and options.
@@ -228,6 +228,8 @@ def options_of(
     """What a call asks for, checked."""
     if activation is not None:
         checks.choice(activation, ACTIVATIONS, "activation")
+    if not (kernel is None or isinstance(kernel, str)):
+        raise ValueError(f"kernel={kernel!r} is not known; want a name that lowbit.explain lists")
     wanted = None if out_dtype is None else checks.float_dtype(out_dtype, "out_dtype")
     if target is not None:
         native = target.dtype.newbyteorder("=")

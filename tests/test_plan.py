@@ -297,6 +297,7 @@ def test_options_are_refused_as_by_matmul():
         {"x_format": "int9"},
         {"x_scale": 1.0},
         {"kernel": "magic"},
+        {"kernel": ["reference"]},
         {"residual": np.ones((4, 17))},
         {"residual": np.ones((3, 17), complex)},
         {"out": np.zeros((3, 17), np.float32), "out_dtype": "float16"},

@@ -58,7 +58,8 @@ $declare_pause
 """
 
 _TEXT = """
-; The tiles to do next: the first of them, and the one after the last, at most `tiles`.
+; The tiles to do next: the first of them, and the one after the last. Others may have taken some
+; since `seen`, so fewer may be left.
 define internal { i64, i64 } @take(ptr %next_at, i64 %tiles, i64 %parts) {
   %seen = load atomic i64, ptr %next_at monotonic, align 64
   %left = sub i64 %tiles, %seen
