@@ -22,20 +22,17 @@ from lowbit.kernels.cpu.encode import encoder
 from lowbit.kernels.cpu.encode_lanes import (
     SIZES,
     Divisor,
-    lanes_below,
     load_numbers,
     prefetch,
     quotient,
     store_lanes,
 )
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
+from lowbit.kernels.cpu.quantize_extremes import extremes
 
-VECTOR = 4 * LANES
 PIECE = 2048  # codes that wait as bytes before they are packed
-WORK = 2 * LANES * VECTOR
 _AHEAD = 1 << 13  # bytes, where all of an array is read in order
-MOST, LEAST, INFINITE = 2**31 - 1, -(2**31), 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ _ADDRESSES = Arguments._fields[Arguments._fields.index("x") : Arguments._fields.
 def text(spec: Spec, isa: Isa) -> str:
     """The module's IR."""
     module = Module(isa)
-    find, encode = _extremes(spec, module), _encode(spec, module)
+    find, encode = extremes(spec, module), _encode(spec, module)
     rule = quantize_rule.rule(spec, module)
     _fused(spec, module, find, rule, encode)
     _extremes_alone(spec, module, find)
@@ -230,184 +227,6 @@ def _encode_alone(spec: Spec, module: Module, encode: Function) -> None:
         )
 
     _entry(module, "encode", body)
-
-
-# Extremes: of floats as integers of the same order, so that NaN and infinities come out on top.
-
-
-def _ordered(f: Function, bits: Value) -> Value:
-    """int32 lanes in the order of the floats, -0 below 0; its own inverse."""
-    return f.op("xor", bits, f.op("lshr", f.op("ashr", bits, 31), 1))
-
-
-def _larger(f: Function, a: Value, b: Value) -> Value:
-    return f.call("llvm.smax.v16i32", INT, a, b)
-
-
-def _smaller(f: Function, a: Value, b: Value) -> Value:
-    return f.call("llvm.smin.v16i32", INT, a, b)
-
-
-def _extremes(spec: Spec, module: Module) -> Function:
-    """Extremes of the blocks of some rows; only whole entries of low and high are written.
-
-    A pattern of NaN or infinity in any block sets the flag. `low` is written only if `signed`.
-    Numbers `ahead` bytes behind those looked at are asked for.
-    """
-    pointers = ("low", "high", "work", "flag")
-    numbers = ("stride", "rows", "columns", "block", "ahead")
-    f = module.function(
-        "find",
-        {"x": "ptr"} | dict.fromkeys(numbers, "i64") | dict.fromkeys(pointers, "ptr"),
-        "apart",
-    )
-    x, stride, rows, columns, block, ahead, low, high, work, flag = f.parameters
-    size = SIZES[spec.dtype]
-    folds = [(_larger, LEAST), (_smaller, MOST)] if spec.signed else [(_larger, 0)]
-
-    def key(address: Value, mask: Value | None) -> Value:
-        if mask is None:
-            prefetch(f, f.at(address, ahead), near=False)
-        bits = f.bits(load_numbers(f, spec.dtype, address, mask), INT)
-        return _ordered(f, bits) if spec.signed else f.op("and", bits, MOST)
-
-    def fold(held: list[Value], address: Value, mask: Value | None) -> list[Value]:
-        found = key(address, mask)
-        if mask is None:
-            return [do(f, each, found) for (do, _), each in zip(folds, held, strict=True)]
-        return [
-            do(f, each, f.select(mask, found, each))
-            for (do, _), each in zip(folds, held, strict=True)
-        ]
-
-    def whole_group(group: Value) -> list[Value]:
-        """16 blocks of `vectors` vectors each."""
-        base = f.at(x, f.mul(f.mul(group, spec.vectors * LANES), size))
-        step = LANES * size
-
-        def lanes(number: int) -> list[Value]:
-            at = f.at(base, number * spec.vectors * step)
-            first = key(at, None)
-            held = [first for _ in folds]
-            for i in range(1, spec.vectors):
-                held = fold(held, f.at(at, i * step), None)
-            return held
-
-        return _of_sixteen(f, [do for do, _ in folds], lanes)
-
-    def any_group(group: Value) -> list[Value]:
-        left = f.least(f.op("sub", f.over(columns, block), group), LANES)
-        with f.loop(0, left) as loop:
-            start = f.mul(f.add(group, loop.index), block)
-            length = f.least(f.op("sub", columns, start), block)
-            begin = [constant(INT, worst) for _, worst in folds]
-            with f.loop(0, rows, carried=begin) as down:
-                row = f.at(x, f.add(f.mul(down.index, stride), f.mul(start, size)))
-                down.carried = _along(f, row, size, length, down.carried, fold)
-            for i, each in enumerate(down.results):
-                place = f.add(f.mul(loop.index, VECTOR), i * LANES * VECTOR)
-                f.store(each, f.at(work, place), 64)
-
-        def lanes(number: int) -> list[Value]:
-            at = f.at(work, number * VECTOR)
-            return [f.load(INT, f.at(at, i * LANES * VECTOR), 64) for i in range(len(folds))]
-
-        return _of_sixteen(f, [do for do, _ in folds], lanes)
-
-    blocks = f.over(columns, block)
-    with f.loop(0, blocks, LANES) as loop:
-        group = loop.index
-        if spec.vectors:
-            end = f.mul(f.add(group, LANES), spec.vectors * LANES)
-            found = f.either(
-                f.compare("sle", end, columns),
-                lambda: whole_group(group),
-                lambda: any_group(group),
-            )
-        else:
-            found = any_group(group)
-        mask = lanes_below(f, f.op("sub", blocks, group))
-        _finish(spec, f, found, mask, f.at(low, f.mul(group, 4)), f.at(high, f.mul(group, 4)), flag)
-    return f
-
-
-def _along(
-    f: Function,
-    row: Value,
-    size: int,
-    length: Value,
-    held: list[Value],
-    fold: Callable[[list[Value], Value, Value | None], list[Value]],
-) -> list[Value]:
-    """Fold `length` numbers of a row into the lanes that are held."""
-    wide = 4 * LANES
-    turns = f.mul(f.op("udiv", length, wide), wide)
-    with f.loop(0, turns, wide, carried=held) as loop:
-        for i in range(4):
-            at = f.at(row, f.mul(f.add(loop.index, i * LANES), size))
-            loop.carried = fold(loop.carried, at, None)
-    whole = f.mul(f.op("udiv", length, LANES), LANES)
-    with f.loop(turns, whole, LANES, carried=loop.results) as rest:
-        rest.carried = fold(rest.carried, f.at(row, f.mul(rest.index, size)), None)
-
-    def masked() -> list[Value]:
-        mask = lanes_below(f, f.op("sub", length, whole))
-        return fold(rest.results, f.at(row, f.mul(whole, size)), mask)
-
-    return f.either(f.compare("slt", whole, length), masked, lambda: rest.results)
-
-
-def _of_sixteen(
-    f: Function,
-    folds: list[Callable[[Function, Value, Value], Value]],
-    lanes: Callable[[int], list[Value]],
-) -> list[Value]:
-    """Fold the lanes of 16 vectors: lane i of the result is that of vector i.
-
-    Vectors meet in pairs and keep half of their lanes each, so that 15 folds do for all.
-    """
-
-    def tree(first: int, distance: int) -> list[Value]:
-        if distance == LANES:
-            return lanes(first)
-        a, b = tree(first, 2 * distance), tree(first + distance, 2 * distance)
-        starts = range(0, LANES, 2 * distance)
-        front = [s + v + i for s in starts for v in (0, LANES) for i in range(distance)]
-        back = [lane + distance for lane in front]
-        return [
-            do(f, f.shuffle(one, other, front), f.shuffle(one, other, back))
-            for do, one, other in zip(folds, a, b, strict=True)
-        ]
-
-    return tree(0, 1)
-
-
-def _finish(
-    spec: Spec,
-    f: Function,
-    found: list[Value],
-    mask: Value,
-    low: Value,
-    high: Value,
-    flag: Value,
-) -> None:
-    """Patterns to numbers, zero counted in, and a look for what is not finite."""
-    bad = f.compare("sge", found[0], INFINITE)
-    if spec.signed:
-        bad = f.op("or", bad, f.compare("sle", found[1], (INFINITE ^ MOST) - 2**31))
-        if spec.bias:
-            # Which zero is the least of zeros of both signs, and the bias's sign with it, depends
-            # on the order in which NumPy looks at them.
-            bad = f.op("or", bad, f.compare("eq", found[1], -1))
-    quantize_rule.raise_flag(f, f.op("and", bad, mask), flag)
-    most = found[0]
-    if spec.signed:
-        least = found[1]
-        if not (isinstance(spec.zero, str) or spec.bias):
-            most, least = _larger(f, most, constant(INT, 0)), _smaller(f, least, constant(INT, 0))
-        store_lanes(f, f.bits(_ordered(f, least), FLOAT), low, mask)
-        most = _ordered(f, most)
-    store_lanes(f, f.bits(most, FLOAT), high, mask)
 
 
 # Codes.
