@@ -188,7 +188,7 @@ class Gemm:
                 scales, zeros, biases, scales_stride, block_rows, block_segments,
             ),
             (*places.found, words),
-            configuration(units.each * steps.count) if tiles else b"",
+            configuration(units.each * steps.count, min(m, TALL)) if tiles else b"",
         )  # fmt: skip
 
     def __call__(self, **arguments: Any) -> None:

@@ -35,6 +35,8 @@ class Isa:
     """BMI2's pdep is there and fast."""
     bf16: bool = False
     """Pairs of bfloat16 are multiplied and summed in float32 (vdpbf16ps)."""
+    vbmi: bool = False
+    """Tables of 64 or 128 bytes are looked up by one instruction (vpermb, vpermi2b)."""
     amx: bool = False
     """Tiles of 16 rows are multiplied as a whole, int8 and bfloat16."""
     needs: tuple[str, ...] = ()
@@ -83,16 +85,18 @@ def _neon(name: str, dot: str, features: str, needs: tuple[str, ...]) -> Isa:
 
 
 _AMX = ("amx_tile", "amx_int8", "amx_bf16")
+_BF16, _BF16_NEEDS = ",+avx512bf16,+avx512vbmi", ("avx512_bf16", "avx512vbmi")
 
 RECORDS: tuple[Isa, ...] = (
     _avx512(
         "amx",
-        ",+avx512bf16,+amx-tile,+amx-int8,+amx-bf16",
-        ("avx512_bf16", *_AMX),
+        _BF16 + ",+amx-tile,+amx-int8,+amx-bf16",
+        (*_BF16_NEEDS, *_AMX),
         bf16=True,
+        vbmi=True,
         amx=True,
     ),
-    _avx512("avx512bf16", ",+avx512bf16", ("avx512_bf16",), bf16=True),
+    _avx512("avx512bf16", _BF16, _BF16_NEEDS, bf16=True, vbmi=True),
     _avx512("avx512vnni"),
     Isa(
         name="avxvnni",

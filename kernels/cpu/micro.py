@@ -21,6 +21,9 @@ from lowbit.kernels.layouts import GROUP
 
 VECTOR = 4 * LANES  # bytes
 ROW = VECTOR * GROUP  # bytes of one row of sums
+AHEAD = 2048
+"""Bytes that words streaming from memory are asked for ahead: on one Granite Rapids core reading
+rises from 16 to 22 GB/s and more (bench/roofs.py)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Micro(ABC):
         parameters |= {"x_scales": "ptr", "x_scales_stride": "i64", "x_block": "i64"}
         parameters |= {"x_sums": "ptr", "x_sums_stride": "i64"}
         parameters |= dict.fromkeys(("first", "last", "total", "segment", "tile"), "i64")
-        parameters |= {"fetch0": "ptr", "fetch1": "ptr", "lines": "i64"}
+        parameters |= {"fetch0": "ptr", "fetch1": "ptr", "lines": "i64", "rows": "i64"}
         name = f"rows{shape.rows}x{shape.panels}"
         self.function = module.function(name, parameters, "apart")
         self.values = dict(zip(parameters, self.function.parameters, strict=True))

@@ -358,6 +358,7 @@ class _Tile:
                         a["segment"],
                         a["tile"],
                         *fetch(part.index),
+                        a["m"],
                     )
             done = until
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -172,6 +172,11 @@ class Steps:
             if spec.inner == "dot":
                 yield from self._integers(f, word, cell, shifts)
                 continue
+            if spec.inner == "bf16" and zeros is None and cell == 8:
+                table = octets(spec.element, self.isa)
+                if table is not None:
+                    yield from table.emit(f, word)
+                    continue
             for s in range(shifts):
                 if spec.inner == "bf16":
                     yield pairs(f, spec.element, word, cell * s, zeros)
@@ -259,3 +264,52 @@ def _table(element: Element) -> Value:
     values = np.array([element.values[i % count] for i in range(32)], np.float32)
     lanes = ", ".join(f"i16 {int(v)}" for v in values.view(np.uint32) >> 16)
     return Value(PAIRS, f"<{lanes}>")
+
+
+@dataclass(frozen=True)
+class Octets:
+    """bfloat16 of 64 codes, a byte each, looked up half by half."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    signed: bool
+    """The codes' top bit is the number's sign, and not looked up."""
+
+    def emit(self, f: Function, word: Value) -> list[Value]:
+        """Codes 0 and 2 of each lane, then 1 and 3."""
+        index = f.bits(word, OCTETS)
+        low, high = (self._look_up(f, index, table) for table in (self.low, self.high))
+        if self.signed:
+            high = f.op("or", high, f.op("and", index, -128))
+        a, b = (f.bits(each, PAIRS) for each in (low, high))
+        even = f.op("or", f.op("and", a, 255), f.op("shl", b, 8))
+        odd = f.op("or", f.op("lshr", a, 8), f.op("and", b, -256))
+        return [f.bits(even, INT), f.bits(odd, INT)]
+
+    def _look_up(self, f: Function, index: Value, table: tuple[int, ...]) -> Value:
+        parts = [table[i : i + 64] for i in range(0, len(table), 64)]
+        held = [Value(OCTETS, f"<{', '.join(f'i8 {each}' for each in part)}>") for part in parts]
+        if len(held) == 1:
+            return f.call("llvm.x86.avx512.permvar.qi.512", OCTETS, held[0], index)
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        return f.call(name, OCTETS, held[0], index, held[1])
+
+
+@lru_cache(maxsize=64)
+def octets(element: Element, isa: Isa) -> Octets | None:
+    """Tables of the two bytes of an element's bfloat16 numbers, if two registers hold each."""
+    if not isa.vbmi or element.bits < 6:
+        return None
+    values = np.array(narrowed(element).values, np.float32)
+    patterns = values.view(np.uint32) >> 16
+    signed = element.bits == 8
+    if signed:
+        above, below = patterns[:128], patterns[128:]
+        nan = np.isnan(values[:128]) & np.isnan(values[128:])
+        if not (nan | (above | 0x8000 == below)).all() or (above & 0x8000)[~nan].any():
+            return None
+        patterns = above & 0x7FFF
+    if element.bits == 7:
+        patterns = np.resize(patterns, 128)
+    low, high = (tuple(int(v) for v in each) for each in (patterns & 255, patterns >> 8))
+    return Octets(low, high, signed)

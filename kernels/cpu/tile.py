@@ -7,7 +7,7 @@ from itertools import product
 
 from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant, scalar
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
+from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import OCTETS, PAIRS, dot_of
 
@@ -190,6 +190,9 @@ class Vectors(Micro):
         base = f.at(codes, f.mul(within, steps.words * VECTOR))
         for i in range(many):
             at = f.at(base, i * steps.words * VECTOR)
+            if self.spec.layout == "words16":
+                for word in range(steps.words):
+                    f.prefetch(f.at(at, AHEAD + word * VECTOR))
             words = [f.load(INT, f.at(at, word * VECTOR), 4) for word in range(steps.words)]
             yield from steps.emit(f, words, zeros)
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 import struct
 
 from lowbit.kernels.cpu.ir import FLOAT, INT, Module, Value
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Blocks, Micro, Shape
+from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Blocks, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 
 TALL = 16  # rows of a tile
 TILE = TALL * VECTOR  # bytes
 SUMS = 4  # tiles
-STAGE = 3 * SUMS * TILE
-"""Bytes of a segment's sums on their way to vectors, and of two steps of panels on their way in."""
+STAGE = (1 + 4) * SUMS * TILE
+"""Bytes of a segment's sums on their way to vectors, and of four steps of panels on their way in."""
 _X, _W = (4, 5), (6, 7)
+# Steps between decoding a tile and loading it, which has to wait until its stores have retired.
+_EARLY = 2
 
 
 def shapes(spec: Spec) -> tuple[Shape, ...]:
@@ -31,10 +33,10 @@ def shapes(spec: Spec) -> tuple[Shape, ...]:
     return (single,) if spec.method == "single" else (Shape(2 * TALL, 2), single)
 
 
-def configuration(steps: int) -> bytes:
-    """The 64 bytes that `ldtilecfg` reads, for tiles of so many steps."""
+def configuration(steps: int, tall: int) -> bytes:
+    """The 64 bytes that `ldtilecfg` reads, for tiles of so many steps and rows of x."""
     columns = [64] * 4 + [4 * steps] * 2 + [64] * 2 + [0] * 8
-    rows = [TALL] * 6 + [steps] * 2 + [0] * 8
+    rows = [tall] * 6 + [steps] * 2 + [0] * 8
     return struct.pack("<BB14x16H16B", 1, 0, *columns, *rows)
 
 
@@ -48,7 +50,11 @@ class Tiles(Micro):
 
     def _begin(self) -> None:
         if self.single and not self.centred:
-            self._decode(self.values["first"], [None] * self.panels)
+            f, v = self.function, self.values
+            for step in range(_EARLY):
+                index = f.add(v["first"], step)
+                with f.when(f.compare("slt", index, v["last"])):
+                    self._decode(index, [None] * self.panels)
 
     def _segment(
         self, segment: Value, within: Value, at: Value, stop: Value, fresh: Value, whole: Value
@@ -73,8 +79,7 @@ class Tiles(Micro):
             if self.single and self.centred:
                 self._decode(inner.index, zeros)
             elif self.single:
-                # One step ahead: a tile cannot be loaded before its stores have left the core.
-                following = f.add(inner.index, 1)
+                following = f.add(inner.index, _EARLY)
                 with f.when(f.compare("slt", following, self.values["last"])):
                     self._decode(following, zeros)
             self._multiply(inner.index)
@@ -121,9 +126,9 @@ class Tiles(Micro):
         return f.at(v[f"codes{p}"], f.mul(f.mul(within, v["tile"]), VECTOR))
 
     def _decoded(self, p: int, index: Value) -> Value:
-        """Scratch of one panel's tile, in turn one of two."""
+        """Scratch of one panel's tile, in turn one of four."""
         f = self.function
-        turn = f.mul(f.op("and", index, 1), SUMS * TILE)
+        turn = f.mul(f.op("and", index, 3), SUMS * TILE)
         return f.at(f.at(self.values["stage"], (SUMS + p) * TILE), turn)
 
     def _decode(self, index: Value, zeros: list[Value | None]) -> None:
@@ -136,6 +141,8 @@ class Tiles(Micro):
             out = self._decoded(p, index)
             for granule in range(granules):
                 source = f.at(words, granule * steps.words * VECTOR)
+                for i in range(steps.words):
+                    f.prefetch(f.at(source, AHEAD + i * VECTOR))
                 held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
                 to = f.at(out, granule * steps.count * VECTOR)
                 for i, vector in enumerate(steps.emit(f, held, zeros[p])):
@@ -149,7 +156,8 @@ class Tiles(Micro):
     def _scale(self, blocks: Blocks) -> None:
         """Scale a segment's sums and add them up, row by row."""
         f, v = self.function, self.values
-        with f.loop(0, self.rows) as row:
+        rows: Value | int = self.values["rows"] if self.single else self.rows
+        with f.loop(0, rows) as row:
             # Tiles of one panel lie apart, rows of one tile side by side.
             block = f.op("lshr", row.index, 4)
             place = f.add(f.mul(row.index, VECTOR), f.mul(block, (self.panels - 1) * TILE))
