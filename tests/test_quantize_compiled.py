@@ -297,6 +297,15 @@ def test_quotients_and_offsets_next_to_ties() -> None:
         check(fmt, x.astype(np.float32))
 
 
+def test_tiny_quotients_are_exact_where_an_element_tells_them_apart() -> None:
+    """Quotients on the edge 2**-66, of numerators whose remainders are no float32."""
+    element = codebook("tiny_edge", [0.0, 2.0**-65, 0.5, 1.0])
+    fmt = Format(element, lb.formats.Scale("float32", (1, None)))
+    numerators = np.random.default_rng(12).integers(2**17, 2**18, 500) * 2.0**-149
+    x = np.stack([numerators * 2.0**66, numerators, numerators * 3], 1).astype(np.float32)
+    check(fmt, x)
+
+
 def test_a_zero_of_either_sign_in_a_block_with_a_bias() -> None:
     """Which one NumPy takes for the least is its own affair."""
     fmt = lb.format("uint4_g32_bias")
@@ -321,7 +330,7 @@ def test_a_zero_of_either_sign_in_a_block_with_a_bias() -> None:
         ("int4_g32", {"scale": np.full((2, 33, 1), -0.1)}),
         ("uint4_g32_asym", {"scale": np.float64(0.1), "zero": np.float64(7)}),
         ("uint4_g32_zf16", {"scale": np.float64(1e-30), "zero": np.float64(7.25)}),
-        ("nvfp4", {"scale": np.array([0.01, 0.02])}),
+        ("nvfp4", {"scale": np.array([0.001, 0.02])}),
         ("fp8_128x128", {"scale": np.float64(0.5)}),
     ],
 )

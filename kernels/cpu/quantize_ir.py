@@ -253,7 +253,7 @@ def _encode(spec: Spec, module: Module) -> Function:
     choice = encoder(spec.element, module)
     pack = None if bits == 8 else encode_bits.packer(module, bits)
     # Where a quotient that is not exact would matter: see `encode_lanes.SMALLEST_DIVISOR`.
-    hasty = module.fused and choice.smallest >= 2.0**-29 and not isinstance(spec.zero, str)
+    hasty = module.fused and choice.smallest >= 2.0**-29
 
     def segment(
         number: Value, begin: Value, end: Value, to: Value, *, quickly: bool, vectors: int = 0
