@@ -10,8 +10,8 @@ from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Value, constant
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 # Where the quotient's remainders are exact: neither they nor the reciprocal leave float32's normal
-# range for numerators above 2**-100. Smaller ones have quotients below 2**-30, whatever is lost, and
-# added to a zero point these do not change the code of a whole number.
+# range for numerators above 2**-100. Smaller ones have quotients below 2**-30, whatever is lost,
+# and these, added to a zero point, do not change the code of a whole number.
 SMALLEST_DIVISOR, LARGEST_DIVISOR = 2.0**-70, 2.0**100
 
 
