@@ -299,7 +299,7 @@ def test_quotients_and_offsets_next_to_ties() -> None:
 
 def test_tiny_quotients_are_exact_where_an_element_tells_them_apart() -> None:
     """Quotients on the edge 2**-66, of numerators whose remainders are no float32."""
-    element = codebook("tiny_edge", [0.0, 2.0**-65, 0.5, 1.0])
+    element = codebook("tiny_edge", [2.0**-65, 0.0, 1.0, 0.5])
     fmt = Format(element, lb.formats.Scale("float32", (1, None)))
     numerators = np.random.default_rng(12).integers(2**17, 2**18, 500) * 2.0**-149
     x = np.stack([numerators * 2.0**66, numerators, numerators * 3], 1).astype(np.float32)
