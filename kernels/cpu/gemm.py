@@ -33,6 +33,11 @@ from lowbit.kernels.cpu.tiles import STAGE, TALL, configuration
 from lowbit.kernels.layouts import GROUP, PANEL, WIDTHS
 
 _BLOCK = struct.Struct(program.FORMAT)
+# What a call brings stands in three places: x and its stride; its scales up to the result; alpha.
+_put_x, _put_call, _put_alpha = (struct.Struct(f).pack_into for f in ("<2q", "<10q", "<f"))
+_X_AT, _CALL_AT, _ALPHA_AT = (
+    8 * program.Arguments._fields.index(name) for name in ("x", "x_scales", "alpha")
+)
 _TILE_STEPS = 16  # 32-bit steps of the widest AMX tile
 # Vectors of a panel that are decoded at a time, to stay in the first level cache. Fewer where sums
 # are scaled in between, which need room as well.
@@ -172,24 +177,27 @@ class Gemm:
         places.take("work_at", block if spec.scale_layout == "rows" else 0)
         unrolled = units.stretch * units.each * steps.count * ROW
         places.take("operands_at", unrolled if spec.method in _DECODED else 0)
+        block = _BLOCK.pack(
+            m, n, units.total, units.segment, units.stretch, units.span, units.granules,
+            units.segment_granules, units.each, units.each * steps.count,
+            int(steps.plain and not units.padded), tall, columns,
+            0, 0,
+            codes, codes_stride, -(-k * spec.element.bits // 8),
+            scales, zeros, biases, scales_stride, block_rows, block_segments,
+            *[0] * 10,
+            *places.found, words,
+            0.0,
+        )  # fmt: skip
+        block += configuration(units.each * steps.count, min(m, TALL)) if tiles else b""
         return Bound(
             self.entry,
             columns * -(-m // tall) if m > 0 and n > 0 else 0,
             places.end,
             threads,
             x_block_segments,
-            (
-                m, n, units.total, units.segment, units.stretch, units.span, units.granules,
-                units.segment_granules, units.each, units.each * steps.count,
-                int(steps.plain and not units.padded), tall, columns,
-            ),
-            (
-                codes, codes_stride, -(-k * spec.element.bits // 8),
-                scales, zeros, biases, scales_stride, block_rows, block_segments,
-            ),
-            (*places.found, words),
-            configuration(units.each * steps.count, min(m, TALL)) if tiles else b"",
-        )  # fmt: skip
+            block,
+            ctypes.c_char * len(block),
+        )
 
     def __call__(self, **arguments: Any) -> None:
         """Bind and compute once: the arguments of `bind` and of `Bound` together."""
@@ -209,10 +217,10 @@ class Bound:
     scratch: int
     threads: int | None
     x_block_segments: int
-    sizes: tuple[int, ...]
-    weight: tuple[int, ...]
-    places: tuple[int, ...]
-    configuration: bytes
+    block: bytes
+    """The argument of `tile`, where what a call brings is 0."""
+    memory: Any
+    """ctypes array of as many bytes."""
 
     def __call__(
         self,
@@ -252,17 +260,14 @@ class Bound:
         """
         if not self.tiles:
             return
-        argument = _BLOCK.pack(
-            *self.sizes,
-            x, x_stride,
-            *self.weight,
+        held = self.memory.from_buffer_copy(self.block)
+        _put_x(held, _X_AT, x, x_stride)
+        _put_call(
+            held, _CALL_AT,
             x_scales, x_scales_stride, self.x_block_segments, x_sums, x_sums_stride,
             bias, residual, residual_stride, out, out_stride,
-            *self.places,
-            alpha,
         )  # fmt: skip
-        argument += self.configuration
-        held = ctypes.create_string_buffer(argument, len(argument))
+        _put_alpha(held, _ALPHA_AT, alpha)
         pool.run(self.entry, ctypes.addressof(held), self.tiles, self.scratch, self.threads)
 
 

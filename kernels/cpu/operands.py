@@ -11,6 +11,7 @@ from lowbit.formats import Element, Format, codes, reference, scaling
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import isa as isas
 from lowbit.kernels.cpu.isa import Isa
+from lowbit.kernels.cpu.pool import address
 from lowbit.kernels.declare import Array, Epilogue, Problem
 from lowbit.kernels.words16 import Words16
 
@@ -27,12 +28,6 @@ def isa_of(problem: Problem) -> Isa:
     """The instruction set that the problem's device names."""
     name = problem.device.partition(":")[2]
     return next(isa for isa in isas.RECORDS if isa.name == name)
-
-
-def address(array: Array) -> int:
-    """Of the first element; a tenth of what `.ctypes.data` costs."""
-    pointer: int = array.__array_interface__["data"][0]
-    return pointer
 
 
 def scale_kind(fmt: Format) -> Element | str:

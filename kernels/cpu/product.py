@@ -50,7 +50,23 @@ def bind(p: Problem, spec: Spec, segment: int, dense: str | None = None) -> Bind
             call(**given[0], **operands.output_arguments(epilogue, out, scale))
             return None
 
-        return run
+        if isinstance(p.x, Format) or not left.as_it_is or left.biases or second is not None:
+            return run
+
+        def quick(x: Array, epilogue: Epilogue, out: Array) -> None:
+            bias, residual = epilogue.bias, epilogue.residual
+            if bias is not None or residual is not None or not _readable(x, left.columns):
+                run(x, epilogue, out)
+                return
+            call(
+                x=address(x),
+                x_stride=x.strides[0],
+                out=address(out),
+                out_stride=out.strides[0] // out.itemsize,
+                alpha=operands.single(epilogue.alpha),
+            )
+
+        return quick
 
     return to
 
@@ -183,12 +199,12 @@ def _source(p: Problem, target: str, dense: str | None) -> Any:
 
 def _readable(x: Array, width: int) -> bool:
     """The micro-kernels can read the rows where they lie."""
+    strides = x.strides
     return (
-        x.shape[1] == width
-        and x.dtype == FLOAT32
-        and x.dtype.isnative
-        and x.strides[1] == 4
-        and x.strides[0] >= 4 * width
+        x.dtype == FLOAT32  # in native byte order
+        and strides[1] == 4
+        and x.shape[1] == width
+        and strides[0] >= 4 * width
         and x.flags.aligned
     )
 
