@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowbit.formats import Format
-from lowbit.kernels import Problem, Verdict, judge, pick
+from lowbit.kernels import Kernel, Problem, Verdict, judge, pick
 from lowbit.kernels.cpu import machine
 
 if TYPE_CHECKING:
@@ -43,13 +43,26 @@ class Explanation:
 
     @property
     def floors(self) -> tuple[float, float]:
-        """Seconds that the bytes and the operations take at the machine's estimated rates."""
+        """Seconds that the bytes and the operations take at the machine's rates."""
         p = self.problem
         rates = machine.estimate(p.device, p.threads)
-        integer = isinstance(p.x, Format) and p.x.element.integral and p.w.element.integral
-        return p.bytes / rates.bandwidth, p.operations / (
-            rates.integer_operations if integer else rates.float_operations
-        )
+        if isinstance(p.x, Format) and p.x.element.integral and p.w.element.integral:
+            operations = rates.integer_operations
+        elif isinstance(p.x, Format) or p.x == "bfloat16":
+            operations = rates.bfloat_operations
+        else:
+            operations = rates.float_operations
+        return p.bytes / rates.bandwidth, p.operations / operations
+
+    @property
+    def rates(self) -> str:
+        """The word "measured" if `lowbit bench --tune` was here, else "estimated"."""
+        p = self.problem
+        return machine.known(p.device, p.threads).word
+
+    def source(self, kernel: Kernel) -> str:
+        """Where a kernel's seconds come from: "measured" or "estimated" rates."""
+        return self.rates if kernel.device == "cpu" else "estimated"
 
     def __str__(self) -> str:
         p = self.problem
@@ -60,16 +73,19 @@ class Explanation:
         weight = f"({p.n}, {p.k}) {p.w.name}.T" if p.w_along else f"({p.k}, {p.n}) {p.w.name}"
         pair = f"({p.m}, {p.k}) {x} @ {weight} -> {p.out}"
         share = 100 * floor / (chosen.seconds or floor)
+        floors = f"{time_text(moved)} to move, {time_text(computed)} to compute"
         lines = [
             f"{pair} on {p.device}, {p.threads} threads",
             f"{p.bytes:,} bytes, {p.operations:,} operations",
-            f"floors (estimated machine): {_time(moved)} to move, {_time(computed)} to compute",
-            f"expected share of the floor: {share:.0f} % (costs are estimated)",
+            f"floors ({self.rates} machine): {floors}",
+            f"expected share of the floor: {share:.0f} % (costs are {self.source(chosen.kernel)})",
             f"rounding: {chosen.kernel.roundings(p).note}",
         ]
         for v in self.verdicts:
             mark = "->" if v.kernel.name == self.kernel else "  "
-            said = f"no: {v.refusal}" if v.seconds is None else f"{_time(v.seconds)} (estimated)"
+            said = f"no: {v.refusal}"
+            if v.seconds is not None:
+                said = f"{time_text(v.seconds)} ({self.source(v.kernel)})"
             lines.append(f"{mark} {v.kernel.name:<16} {said}")
         if self.kernel == "reference":
             lines.append("the reference kernel is slow: it widens every value to float64")
@@ -78,7 +94,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Three digits, in the unit that suits."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.3g} us"
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

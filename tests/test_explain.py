@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowbit as lb
-from lowbit import kernels
+from lowbit import binding, kernels
 from lowbit.kernels import Problem, choose, judge
 from lowbit.kernels.cpu.isa import RECORDS
 from lowbit.kernels.declare import format_bytes
@@ -204,14 +204,19 @@ def _calls(draw):
 def test_explain_states_what_matmul_runs(case):
     x, w, options = case
     seen: list[Problem] = []
-    real = kernels.prepared
+    real, quantizing = kernels.prepared, binding.fused
     with pytest.MonkeyPatch.context() as patch:
 
         def prepared(stated, name=None):
             seen.append(stated)
             return real(stated, name)
 
+        def fused(stated, name, dtype):
+            seen.append(stated)
+            return quantizing(stated, name, dtype)
+
         patch.setattr(kernels, "prepared", prepared)
+        patch.setattr(binding, "fused", fused)
         lb.matmul(x, w, **options)
     assert set(seen) == {lb.explain(x, w, **options).problem}
 

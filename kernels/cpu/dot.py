@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowbit.kernels.cpu import gemm, operands, product
+from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.spec import Spec
@@ -67,9 +67,9 @@ def _accepts(p: Problem) -> str | None:
 
 
 def _cost(p: Problem) -> float:
-    lanes = operands.isa_of(p).lanes
-    rate = 4 * 1.5e9 * lanes * min(p.threads, 64)
-    return 12e-6 + operands.packing_seconds(p) + p.m * p.n * p.k / rate + 4e-9 * p.m * p.k
+    spec, segment = _spec(p), _segment(p)
+    assert segment is not None
+    return costs.seconds(p, spec.inner, spec.method, segment)
 
 
 def _build(p: Problem) -> Bind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowbit.formats import Format
-from lowbit.kernels.cpu import gemm, operands, product
+from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
@@ -56,11 +56,8 @@ def _largest_integer(p: Problem) -> float:
 
 
 def _cost(p: Problem) -> float:
-    # Estimated on 2 Zen 4 cores: repacking a canonical weight, decoding x, then lanes per cycle.
-    lanes = operands.isa_of(p).lanes
-    rate = 2.5e9 * lanes * min(p.threads, 64)
-    decoding = 8e-9 * p.m * p.k if isinstance(p.x, Format) else 0.0
-    return 8e-6 + operands.packing_seconds(p) + decoding + p.m * p.n * p.k / rate
+    spec = _spec(p)
+    return costs.seconds(p, spec.inner, spec.method, operands.segment_of(p))
 
 
 def _build(p: Problem) -> Bind:

@@ -114,3 +114,45 @@ def explain(
         typer.echo(f"lowbit explain: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(json.dumps(reasoning.record(explanation), indent=1) if as_json else str(explanation))
+
+
+@app.command()
+def bench(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure this machine, and remember its rates.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer repetitions: seconds, and rough.")
+    ] = False,
+    weights: Annotated[
+        str, typer.Option(help="Formats of weights, else a few of each kind: int4_g128,nf4_g64")
+    ] = "",
+    x: Annotated[
+        str, typer.Option("--x", help="dtypes or formats of x, else bfloat16,float32,int8_g128")
+    ] = "",
+    rows: Annotated[str, typer.Option(help="Rows of x, else 1,4,16,64,256")] = "",
+    shapes: Annotated[str, typer.Option(help="Weights' NxK,... else 4096x4096")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Measure products on this machine: what was chosen, what it took, and what was expected.
+
+    With --tune, measure what the machine does in a second instead, and write it where later
+    processes find it: LOWBIT_TUNING=file, else the user's folder of settings.
+    """
+    from lowbit.cli import benching
+
+    try:
+        if tune:
+            typer.echo(benching.tuned(quick, as_json))
+            return
+        found = benching.measured(
+            benching.names(weights) or benching.WEIGHTS,
+            benching.names(x) or benching.LEFTS,
+            benching.numbers(rows, "--rows") or benching.ROWS,
+            benching.sides(shapes, "--shapes") or benching.SHAPES,
+            quick,
+        )
+    except (OSError, TypeError, ValueError) as error:
+        typer.echo(f"lowbit bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(benching.record(found) if as_json else benching.table(found))

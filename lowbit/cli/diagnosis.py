@@ -10,8 +10,8 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,10 @@ def _packages() -> Iterator[Finding]:
 
 
 def _cpu() -> Iterator[Finding]:
-    from lowbit.kernels.cpu import isa
+    from lowbit.kernels.cpu import isa, machine
 
     names = ", ".join(each.name for each in isa.runnable())
-    model = _model()
+    model = machine.processor()
     try:
         chosen = isa.host()
     except ValueError as error:
@@ -116,12 +116,23 @@ def _cpu() -> Iterator[Finding]:
     yield Finding("cpu", f"{model}; kernels for {chosen.name}, of {names}", remedy)
 
 
-def _model() -> str:
-    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _tuning() -> Iterator[Finding]:
+    from lowbit.kernels.cpu import isa, machine, pool
+
+    path, why = machine.place()
+    if path is None:
+        yield Finding("tuning", f"{why}: costs are estimated")
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        machine.use(None)
+        found = machine.known(f"cpu:{isa.host().name}", pool.get_num_threads())
+    if caught:
+        yield Finding("tuning", str(caught[0].message), "lowbit bench --tune")
+    elif found.measured:
+        yield Finding("tuning", f"costs are measured, in {path}")
+    else:
+        yield Finding("tuning", f"costs are estimated; `lowbit bench --tune` measures, in {path}")
 
 
 def _threads() -> Iterator[Finding]:
@@ -241,4 +252,4 @@ def _cuda_driver() -> int | None:
     return version.value if status == 0 else None
 
 
-LOOKS = (_python, _packages, _cpu, _threads, _cache, _product, _gpu)
+LOOKS = (_python, _packages, _cpu, _threads, _cache, _tuning, _product, _gpu)

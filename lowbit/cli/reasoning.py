@@ -72,8 +72,14 @@ def record(explanation: lowbit.Explanation) -> dict[str, Any]:
         "operations": problem.operations,
         "floors": {"move": moved, "compute": computed},
         "kernel": explanation.kernel,
+        "rates": explanation.rates,
         "verdicts": [
-            {"kernel": each.kernel.name, "refusal": each.refusal, "seconds": each.seconds}
+            {
+                "kernel": each.kernel.name,
+                "refusal": each.refusal,
+                "seconds": each.seconds,
+                "source": None if each.refusal else explanation.source(each.kernel),
+            }
             for each in explanation.verdicts
         ],
     }
