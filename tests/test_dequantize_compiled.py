@@ -34,6 +34,7 @@ VARIANTS = (
     "mxfp8_g1", "int3_g1000", "fp8_tensor_bf16", "int4_g64_f16", "int7_g128_bf16", "int2_g20",
     "uint5_allx3_asym", "fp8_e5m2_g32_bf16", "nf4_tensor_f16", "int8_g16_e8m0_ts", "int1_g32_asym",
     "fp8_g32_ts", "fp8_e5m2_g32_bias", "int4_g256", "int5_g64", "int2_row", "uint4_g64_bias",
+    "int4_g32_e4m3_ts", "mxfp4_ts", "uint4_g32_asym_e4m3_ts", "fp8_e5m2_g32_e4m3_ts", "nf4_e4m3_ts",
 )  # fmt: skip
 EVERY = [*declared(), *VARIANTS]
 
@@ -99,7 +100,7 @@ def test_every_format(name: str) -> None:
     for spread, nonfinite in ((1.0, False), (8.0, True)):
         w = random_qarray(fmt, 37, 301, seed=1, spread=spread, nonfinite=nonfinite)._rows()
         check(w, dtypes=("float32",))
-        check(w, ISAS[:1], DTYPES[1:])
+        check(w, ISAS[:2], DTYPES[1:])
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=[isa.name for isa in ISAS])
@@ -128,7 +129,7 @@ def test_every_code_under_scales_of_every_magnitude(element: str, scale: str) ->
         patterns = np.concatenate([patterns, small, small | 1 << (8 * size - 1)])
         scales = patterns.astype(f"u{size}").view(checks.float_dtype(kind, "dtype"))
         scales = scales[np.isfinite(scales.astype(np.float32))]
-    check(with_scales(fmt, scales), ISAS[:1])
+    check(with_scales(fmt, scales), ISAS[:2])
 
 
 @pytest.mark.parametrize("out", DTYPES[1:])
@@ -222,12 +223,18 @@ def test_the_shortest_exact_way_is_chosen() -> None:
     assert chosen("uint4_g32_asym", "float32") == "single"
     assert chosen("int4_g128_f16", "float16") == chosen("mxfp4", "bfloat16") == "single"
     assert chosen("int8_g128_bf16", "bfloat16") == "single"
-    assert chosen("int4_g128", "bfloat16") == chosen("nf4", "float16") == "odd"
-    assert chosen("nf4_g64_f16", "float16") == "odd"
-    for name in ("nvfp4", "uint4_g32_bias", "uint4_g32_zf16"):
+    assert chosen("nvfp4", "float32") == chosen("int4_g32_e4m3_ts", "float32") == "single"
+    inexact = "directed" if module.isa.permute == "vpermps512" else "odd"
+    assert chosen("int4_g128", "bfloat16") == chosen("nf4", "float16") == inexact
+    assert chosen("nf4_g64_f16", "float16") == inexact
+    assert chosen("nvfp4", "float16") == ("directed" if inexact == "directed" else "double")
+    for name in ("uint4_g32_bias", "uint4_g32_zf16", "int4_g32_ts", "mxfp4_ts"):
         assert chosen(name, "float32") == "double"
-    fine = Spec("bfloat16", codebook("fine", [0, 2.0**-120, 1, -1]), "float32")
-    assert way(fine, module) == "double"
+    fused = [isa for isa in ISAS if Module(isa).fused and isa.permute != "vpermps512"]
+    for isa in fused:
+        fine = Spec("bfloat16", codebook("fine", [0, 2.0**-120, 1, -1]), "float32")
+        assert way(fine, Module(isa)) == "double"
+        assert way(Spec("bfloat16", integer(4), "float32"), Module(isa)) == "odd"
     assert smallest_scale(Spec("bfloat16", integer(4), "float32")) == 2.0**-126
 
 

@@ -1,14 +1,15 @@
 """Dequantizing as a module: bit streams to bytes, to numbers, times their scales, rounded once.
 
 The reference computes ((value - zero) * scale * tensor scale) + bias in float64, one operation
-after another, and rounds the result once. Three ways give its bits:
+after another, and rounds the result once. Four ways give its bits:
 
 - "single": value - zero is exact in float32. A product of two float32 is exact in float64, so that
   rounding it to float32 is float32's own product. A narrower result needs the product itself to
   be exact: few bits in both factors.
-- "odd": the float32 product is rounded to odd with the error that fma gives, so that rounding it
-  to a narrower type is the only rounding that counts. Tiny scales, whose error underflows, go the
-  next way.
+- "directed": of the float32 products rounded down and up the one with an odd last bit (both are the
+  same if the product is exact), so that rounding it to a narrower type is the only rounding that
+  counts. AVX-512 rounds a single instruction its own way.
+- "odd": the same by the error that fma gives. Tiny scales, whose error underflows, go the next way.
 - "double": float64, operation for operation, and one rounding.
 """
 
@@ -131,17 +132,26 @@ def _centred(spec: Spec) -> list[float]:
 
 def way(spec: Spec, module: Module) -> str:
     """How the bits of the reference come about: see above."""
-    if spec.tensor_scale or spec.bias or spec.zero not in (None, "int8", "uint8"):
+    if spec.bias or spec.zero not in (None, "int8", "uint8"):
         return "double"
     if spec.zero is not None and not spec.element.integral:
         return "double"
-    if spec.out == "float32":
-        return "single"
-    width, lowest = _significant(_centred(spec))
-    scale = spec.scale
+    values, scale = _centred(spec), spec.scale
+    width, lowest = _significant(values)
     bits, last = _significant(_finite(scale)) if isinstance(scale, Element) else _FLOATS[scale]
-    if width + bits <= 24 and lowest + last >= -149:
+    wide = module.isa.permute == "vpermps512"
+    if spec.tensor_scale:
+        # The tensor scale is the one factor, value * scale the other one, if that is a float32.
+        if not isinstance(scale, Element) or (spec.out != "float32" and not wide):
+            return "double"
+        largest = max(map(abs, values)) * max(map(abs, _finite(scale)))
+        width, lowest, bits, last = width + bits, lowest + last, *_FLOATS["float32"]
+        if width > 24 or lowest < -149 or largest >= 2.0**128:
+            return "double"
+    if spec.out == "float32" or (width + bits <= 24 and lowest + last >= -149):
         return "single"
+    if wide:
+        return "directed"
     return "odd" if module.fused and smallest_scale(spec) <= 2.0**-20 else "double"
 
 
@@ -187,6 +197,7 @@ def text(spec: Spec, isa: Isa) -> str:
             values, codes, f.op("sub", a["codes_size"], octet), start, stop, a["block_columns"],
             origin, at["scales"], at["zeros"], at["biases"], at["codes"], at["out"],
             f.at(a["out"], out), f.load("i64", at["quick"], 8),
+            f.cast("fptrunc", a["second"], "float"),
         )  # fmt: skip
     return module.text()
 
@@ -232,7 +243,7 @@ def _prepare(spec: Spec, module: Module, chosen: str) -> Function:
             place = f.at(target, f.mul(loop.index, 12))
             # 16 float32, then 16 float64: 12 bytes a block.
             f.store(number, place, 64)
-            if chosen != "single":
+            if chosen in ("odd", "double"):
                 wide = f.cast("fpext", number, DOUBLE)
                 if name == "scales" and spec.tensor_scale:
                     wide = f.op("fmul", wide, f.splat(second))
@@ -255,12 +266,15 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
         {"codes": "ptr"}
         | dict.fromkeys(("size", "start", "stop", "block", "origin"), "i64")
         | dict.fromkeys(("scales", "zeros", "biases", "octets", "wait", "out"), "ptr")
-        | {"quick": "i64"},
+        | {"quick": "i64", "second": "float"},
         "apart",
     )
-    codes, size, start, stop, block, origin, *tables, octets, wait, out, quick = f.parameters
+    codes, size, start, stop, block, origin, *tables, octets, wait, out, quick, second = (
+        f.parameters
+    )
     bits, width = spec.element.bits, SIZES[spec.out]
     decode = _decoder(spec.element, module)
+    factor = f.splat(second) if spec.tensor_scale and chosen != "double" else None
     # All that a block can hold fits one register of AVX-512: its results are looked up.
     tabled = width == 2 and bits <= 5 and module.isa.permute == "vpermps512"
     unpack = None if bits == 8 else encode_bits.unpacker(module, bits)
@@ -292,7 +306,14 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
             """Results of one code a lane."""
             scale, zero, bias = (held.get(i) for i in range(3))
             assert scale is not None
-            return _WAYS[kind](spec, f, decode(f, codes), scale, zero, bias)
+            value = decode(f, codes)
+            if kind == "double":
+                return _double(spec, f, value, scale, zero, bias)
+            if zero is not None:
+                value = f.op("fsub", value, zero)
+            if factor is not None:
+                value, scale = f.op("fmul", value, scale), factor
+            return _narrowed(f, spec, _PRODUCTS[kind](f, value, scale))
 
         def body(index: Value, mask: Value | None) -> None:
             codes = load_lanes(f, "i8", f.at(source, index), mask if bits == 8 else None)
@@ -383,29 +404,32 @@ def _look_up(f: Function, table: Value, source: Value, target: Value) -> None:
     f.store(f.call("llvm.x86.avx512.permvar.hi.512", wide, table, index), target, 2)
 
 
-Way = Callable[[Spec, Function, Value, Value, Value | None, Value | None], Value]
+def _single(f: Function, value: Value, scale: Value) -> Value:
+    return f.op("fmul", value, scale)
 
 
-def _single(
-    spec: Spec, f: Function, value: Value, scale: Value, zero: Value | None, bias: Value | None
-) -> Value:
-    centred = value if zero is None else f.op("fsub", value, zero)
-    return _narrowed(f, spec, f.op("fmul", centred, scale))
+def _directed(f: Function, value: Value, scale: Value) -> Value:
+    low, high = (
+        f.call("llvm.x86.avx512.mul.ps.512", FLOAT, value, scale, constant("i32", direction))
+        for direction in (9, 10)  # down and up, without exceptions
+    )
+    even = f.compare("eq", f.op("and", f.bits(low, INT), 1), 0)
+    return f.select(even, high, low)
 
 
-def _odd(
-    spec: Spec, f: Function, value: Value, scale: Value, zero: Value | None, bias: Value | None
-) -> Value:
-    centred = value if zero is None else f.op("fsub", value, zero)
-    product = f.op("fmul", centred, scale)
-    error = f.fma(centred, scale, f.let(FLOAT, f"fneg {product}"))
+def _odd(f: Function, value: Value, scale: Value) -> Value:
+    product = f.op("fmul", value, scale)
+    error = f.fma(value, scale, f.let(FLOAT, f"fneg {product}"))
     pattern = f.bits(product, INT)
     # +1 where the error points away from zero, else -1.
     away = f.op("or", f.op("ashr", f.op("xor", pattern, f.bits(error, INT)), 31), 1)
     even = f.compare("eq", f.op("and", pattern, 1), 0)
     inexact = f.compare("one", error, 0.0)
     odd = f.select(f.op("and", even, inexact), f.add(pattern, away), pattern)
-    return _narrowed(f, spec, f.bits(odd, FLOAT))
+    return f.bits(odd, FLOAT)
+
+
+_PRODUCTS = {"single": _single, "directed": _directed, "odd": _odd}
 
 
 def _double(
@@ -420,9 +444,6 @@ def _double(
     if spec.out != "float32":
         wide = _rounded(spec, f, wide)
     return _narrowed(f, spec, f.cast("fptrunc", wide, FLOAT))
-
-
-_WAYS: dict[str, Way] = {"single": _single, "odd": _odd, "double": _double}
 
 
 def _rounded(spec: Spec, f: Function, wide: Value) -> Value:
