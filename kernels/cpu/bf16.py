@@ -10,15 +10,21 @@ Architecture Instruction Set Extensions Programming Reference).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 from lowbit.formats import Element, Format
 from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import narrowed
-from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
+from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings, Run
 
 _SMALLEST = 2.0**-126  # below it the instructions see zero
+_FOLDED = 64  # columns: scales of shorter groups are multiplied into w's numbers
 
 
 def _spec(p: Problem) -> Spec:
@@ -83,12 +89,65 @@ def _refuse_x(p: Problem) -> str | None:
 
 
 def _cost(p: Problem) -> float:
-    spec = _spec(p)
-    return costs.seconds(p, spec.inner, spec.method, operands.segment_of(p))
+    spec = _folded(p)
+    segment = operands.segment_of(p) if spec is None else p.k
+    spec = spec or _spec(p)
+    return costs.seconds(p, spec.inner, spec.method, segment)
 
 
 def _build(p: Problem) -> Bind:
-    return product.bind(p, _spec(p), operands.segment_of(p))
+    scaled = product.bind(p, _spec(p), operands.segment_of(p))
+    spec = _folded(p)
+    if spec is None:
+        return scaled
+    folded = product.bind(p, spec, p.k)
+    lowest, highest = _range(p.w)
+
+    def bind(w: Any) -> Run:
+        inside = lowest <= w.scales.min() and w.scales.max() <= highest
+        return (folded if inside else scaled)(w)
+
+    return bind
+
+
+def _folded(p: Problem) -> Spec | None:
+    """Scales multiplied into w's numbers, where the products are bfloat16 numbers still.
+
+    Groups shorter than a tile would else have their sums scaled after every other instruction.
+    """
+    isa, block = operands.isa_of(p), p.w.scale.block[1]
+    short = block is not None and block < min(p.k, _FOLDED)
+    whole = isinstance(p.x, str) or p.x.scale.block[1] is None
+    if not isa.amx or not short or not whole or p.w.zero is not None or p.w.bias:
+        return None
+    lowest, highest = _range(p.w)
+    if lowest > highest:
+        return None
+    assert block is not None
+    spec = replace(_spec(p), method="direct", tile=0)
+    spec = replace(spec, folded=block // gemm.granule(spec))
+    return gemm.for_tiles(spec, isa, m=p.m, segment=p.k, k=p.k)
+
+
+@lru_cache(maxsize=256)
+def _range(fmt: Format) -> tuple[int, int]:
+    """Lowest and highest code of a scale that keeps every value a normal bfloat16 number."""
+    scale = fmt.scale.element
+    if isinstance(scale, str):
+        return 0, -1
+    values = np.array([v for v in fmt.element.values if math.isfinite(v)], np.float32)
+    finite = [c for c, v in enumerate(scale.values) if math.isfinite(v)]
+    with np.errstate(over="ignore", under="ignore"):
+        products = np.array(scale.values, np.float64)[finite, None] * values.astype(np.float64)
+        narrow = products.astype(np.float32)
+        exact = (narrow == products) & (narrow.view(np.uint32) & 0xFFFF == 0)
+        normal = (products == 0) | (np.abs(products) >= _SMALLEST)
+    good = [c for c, ok in zip(finite, (exact & normal).all(axis=1), strict=True) if ok]
+    # Codes of magnitudes in between are good as well where the good ones have no gap.
+    if not good or good != list(range(good[0], good[-1] + 1)):
+        signed = [c for c in finite if c in set(good)]
+        return (0, 255) if signed == finite else (0, -1)
+    return good[0], good[-1]
 
 
 def _roundings(p: Problem) -> Roundings:
@@ -97,6 +156,8 @@ def _roundings(p: Problem) -> Roundings:
     # One rounding each column, and in a tile two more for joining its even and odd columns; then
     # one fma each segment, and as for fma.
     count = segment + 2 + segments * (1 + p.w.bias) + 1 + p.w.bias
+    if _folded(p) is not None:
+        count = max(count, p.k + 4)
     exact = narrowed(p.w.element) is p.w.element
     largest = max(abs(p.w.element.max), abs(p.w.element.min), 1.0)
     if p.w.zero is not None:

@@ -165,7 +165,10 @@ class Gemm:
         carried = units.stretch % units.segment
         places.take("carry_at", held * ROW if carried else 0)
         places.take("stage_at", STAGE if tiles else 0)
-        block = (units.stretch // units.segment + 1) * ROW if k else 0
+        blocks = units.stretch // units.segment + 1
+        if spec.folded:
+            blocks = units.stretch * units.each // spec.folded + 2
+        block = blocks * ROW if k else 0
         places.take("scales_at", block)
         places.take("zeros_at", block if spec.zero is not None else 0)
         places.take("biases_at", block if spec.biases else 0)

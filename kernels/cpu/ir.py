@@ -140,7 +140,8 @@ class Function:
         """One i1 a lane; the predicate is LLVM's."""
         right = b if isinstance(b, Value) else constant(a.type, b)
         opcode = "fcmp" if scalar(a.type) in ("float", "double") else "icmp"
-        kind = "<16 x i1>" if a.type.startswith("<16") else "i1"
+        lanes = a.type.split(" x ")[0]
+        kind = f"{lanes} x i1>" if a.type.startswith("<") else "i1"
         return self.let(kind, f"{opcode} {predicate} {a}, {right.name}")
 
     def select(self, condition: Value, a: Value, b: Value | float) -> Value:

@@ -102,7 +102,9 @@ class Micro(ABC):
             zeros = [self._block("zeros", within, p, INT) for p in panels]
         if spec.x_scale:
             x_block = f.mul(f.op("udiv", segment, self.values["x_block"]), 4)
-        scales = [self._block("scales", within, p, FLOAT) for p in panels]
+        scales = None
+        if not spec.folded:
+            scales = [self._block("scales", within, p, FLOAT) for p in panels]
         return Blocks(scales, zeros, biases, x_block, f.mul(segment, 4))
 
     def _finish(
@@ -121,10 +123,16 @@ class Micro(ABC):
                 each = self._centre(each, x_sum, blocks.zeros[p] if blocks.zeros else None)
             place = f.at(sums, p * VECTOR)
             total = f.load(FLOAT, place, 64)
-            if x_scale is None:
-                total = f.fma(blocks.scales[p], each, total)
+            if blocks.scales is not None:
+                scale = blocks.scales[p]
+                if x_scale is None:
+                    total = f.fma(scale, each, total)
+                else:
+                    total = f.fma(x_scale, f.op("fmul", scale, each), total)
+            elif x_scale is None:
+                total = f.op("fadd", total, each)
             else:
-                total = f.fma(x_scale, f.op("fmul", blocks.scales[p], each), total)
+                total = f.fma(x_scale, each, total)
             if blocks.biases is not None and x_sum is not None:
                 total = f.fma(x_sum, blocks.biases[p], total)
             f.store(total, place, 64)
@@ -142,7 +150,7 @@ class Micro(ABC):
 class Blocks:
     """Scales, zero points and biases of a segment: one vector a panel, and offsets into x's."""
 
-    scales: list[Value]
+    scales: list[Value] | None
     zeros: list[Value] | None
     biases: list[Value] | None
     x_block: Value | None

@@ -31,6 +31,10 @@ def bind(p: Problem, spec: Spec, segment: int, dense: str | None = None) -> Bind
     if isinstance(p.x, Format):
         blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
 
+    # Scales that are folded into w's numbers change on their own.
+    own = p.w.scale.block[1] if spec.folded else segment
+    assert own is not None
+
     def to(w: Any) -> Callable[[Any, Epilogue, Array], Any]:
         call = compiled.bind(
             m=p.m,
@@ -38,7 +42,7 @@ def bind(p: Problem, spec: Spec, segment: int, dense: str | None = None) -> Bind
             k=p.k,
             segment=segment,
             x_block_segments=blocks,
-            **operands.weight_arguments(w, segment),
+            **operands.weight_arguments(w, own),
         )
         second = None if w.tensor_scale is None else w
 

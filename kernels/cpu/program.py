@@ -244,6 +244,7 @@ class _Tile:
                 self._words(row, panel, first),
                 self._unrolled(panel),
                 f.at(self._at("zeros"), f.mul(panel, VECTOR)),
+                f.at(self._at("scales"), f.mul(panel, VECTOR)),
                 first,
                 last,
                 a["segment"],
@@ -289,12 +290,16 @@ class _Tile:
     ) -> None:
         """One vector a segment of the stretch, next to the other panels' vectors."""
         f, a = self.function, self.a
-        start, stop = f.op("udiv", first, a["segment"]), f.over(last, a["segment"])
+        length, total = a["segment"], a["total"]
+        if self.spec.folded:
+            first, last = self._granule(first), self._granule(last)
+            length, total = constant("i64", self.spec.folded), a["granules"]
+        start, stop = f.op("udiv", first, length), f.over(last, length)
         begin = f.op("udiv", start, a["block_segments"])
         end = f.over(stop, a["block_segments"])
         size = item_bits(self._blocks()[name]) // 8
         if self.spec.scale_layout == "panels16":
-            blocks = f.over(f.over(a["total"], a["segment"]), a["block_segments"])
+            blocks = f.over(f.over(total, length), a["block_segments"])
             place = f.mul(f.mul(f.op("udiv", row, LANES), blocks), LANES * size)
             source = f.at(a[name], place)
         else:

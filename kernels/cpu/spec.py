@@ -28,6 +28,8 @@ class Spec:
     "single" for as few rows as one of them has, just before it is multiplied."""
     tile: int = 0
     """Steps of a tile, where they are unrolled ("single")."""
+    folded: int = 0
+    """Granules that share a scale which is multiplied into w's bfloat16 numbers; 0: none is."""
     layout: str = "rows"
     """Of w's codes."""
     scale: Element | str = "float32"

@@ -13,6 +13,7 @@ brought into that order once, where it is prepared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -162,27 +163,46 @@ class Steps:
     # Emitting.
 
     def emit(
-        self, f: Function, words: Sequence[Value], zeros: Value | None = None
+        self,
+        f: Function,
+        words: Sequence[Value],
+        zeros: Value | None = None,
+        scale: Value | None = None,
     ) -> Iterator[Value]:
-        """The operands of each step, in order; float operands have their zero points taken off."""
+        """The operands of each step, in order.
+
+        Float operands have their zero points taken off, and are multiplied by a scale.
+        """
         spec = self.spec
+        if scale is not None and self._raised:
+            for vector in self.emit(f, words, zeros):
+                yield _raise(f, vector, scale)
+            return
         cell = self.cells[0] if len(self.cells) == 1 else 8
         shifts = 32 // cell // self.parts
         for word in self._whole(f, words):
             if spec.inner == "dot":
                 yield from self._integers(f, word, cell, shifts)
                 continue
-            if spec.inner == "bf16" and zeros is None and cell == 8:
+            if spec.inner == "bf16" and zeros is scale is None and cell == 8:
                 table = octets(spec.element, self.isa)
                 if table is not None:
                     yield from table.emit(f, word)
                     continue
             for s in range(shifts):
                 if spec.inner == "bf16":
-                    yield pairs(f, spec.element, word, cell * s, zeros)
+                    yield pairs(f, spec.element, word, cell * s, zeros, scale)
                 else:
                     value = decoder(spec.element, f.module).emit(f, word, cell * s)
                     yield value if zeros is None else f.op("fsub", value, zeros)
+
+    @cached_property
+    def _raised(self) -> bool:
+        """Scales are powers of two, and add to the exponents of numbers that are finite."""
+        scale = self.spec.scale
+        if isinstance(scale, str) or not all(map(math.isfinite, self.spec.element.values)):
+            return False
+        return all(math.frexp(v)[0] == 0.5 for v in scale.values if math.isfinite(v))
 
     def _whole(self, f: Function, words: Sequence[Value]) -> Iterator[Value]:
         """Words in which every code is in one piece; of bit planes, a byte for each code."""
@@ -241,10 +261,17 @@ def narrowed(element: Element) -> Element:
     return element if same else codebook(f"{element.name}.bfloat16", rounded)
 
 
-def pairs(f: Function, element: Element, word: Value, shift: int, zeros: Value | None) -> Value:
+def pairs(
+    f: Function,
+    element: Element,
+    word: Value,
+    shift: int,
+    zeros: Value | None,
+    scale: Value | None = None,
+) -> Value:
     """bfloat16 of the codes `shift` bits up in both halves of each lane."""
     element = narrowed(element)
-    if zeros is None and element.bits <= 5 and f.module.isa.permute == "vpermps512":
+    if zeros is scale is None and element.bits <= 5 and f.module.isa.permute == "vpermps512":
         index = f.op("lshr", word, shift) if shift else word
         found = f.call(
             "llvm.x86.avx512.permvar.hi.512", PAIRS, _table(element), f.bits(index, PAIRS)
@@ -254,8 +281,20 @@ def pairs(f: Function, element: Element, word: Value, shift: int, zeros: Value |
     low, high = (decode.emit(f, word, shift + up) for up in (0, 16))
     if zeros is not None:
         low, high = (f.op("fsub", v, zeros) for v in (low, high))
+    if scale is not None:
+        low, high = (f.op("fmul", v, scale) for v in (low, high))
     # Both are bfloat16 numbers: their lower halves are zero.
     return f.op("or", f.op("lshr", f.bits(low, INT), 16), f.bits(high, INT))
+
+
+def _raise(f: Function, vector: Value, scale: Value) -> Value:
+    """Pairs of bfloat16 times a float32 power of two of each lane; zeros stay zeros."""
+    power = f.op("sub", f.op("lshr", f.bits(scale, INT), 16), 0x3F80)
+    both = f.op("or", f.op("and", power, 0xFFFF), f.op("shl", power, 16))
+    held = f.bits(vector, PAIRS)
+    some = f.compare("ne", f.op("and", held, 0x7FFF), 0)
+    moved = f.add(held, f.bits(both, PAIRS))
+    return f.bits(f.select(some, moved, held), INT)
 
 
 def _table(element: Element) -> Value:

@@ -21,7 +21,7 @@ TALL = 16  # rows of a tile
 TILE = TALL * VECTOR  # bytes
 SUMS = 4  # tiles
 STAGE = (1 + 4) * SUMS * TILE
-"""Bytes of a segment's sums on their way to vectors, and of four steps of panels on their way in."""
+"""Bytes of a segment's sums on their way to vectors, and of four steps of panels on theirs."""
 _X, _W = (4, 5), (6, 7)
 # Steps between decoding a tile and loading it, which has to wait until its stores have retired.
 _EARLY = 2
@@ -145,8 +145,19 @@ class Tiles(Micro):
                     f.prefetch(f.at(source, AHEAD + i * VECTOR))
                 held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
                 to = f.at(out, granule * steps.count * VECTOR)
-                for i, vector in enumerate(steps.emit(f, held, zeros[p])):
+                scale = self._folded(index, granules, granule, p)
+                for i, vector in enumerate(steps.emit(f, held, zeros[p], scale)):
                     f.store(vector, f.at(to, i * VECTOR), 64)
+
+    def _folded(self, index: Value, granules: int, granule: int, panel: int) -> Value | None:
+        """The scale that one granule of a tile is multiplied by."""
+        f, v, many = self.function, self.values, self.spec.folded
+        if not many:
+            return None
+        first = f.op("udiv", f.mul(v["first"], granules), many)
+        block = f.op("udiv", f.add(f.mul(index, granules), granule), many)
+        place = f.add(f.mul(f.op("sub", block, first), ROW), panel * VECTOR)
+        return f.load(FLOAT, f.at(v["scales"], place), 64)
 
     def _product(self) -> str:
         if not self.integer:

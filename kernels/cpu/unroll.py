@@ -11,13 +11,14 @@ from lowbit.kernels.cpu.steps import Steps
 def unroller(spec: Spec, module: Module) -> Function:
     """Operands of the units [first, last) of one panel, vector behind vector.
 
-    `words` stand at the granule that unit `first` begins with, `zeros` at the first segment's. A
+    `words` stand at the granule that unit `first` begins with, `zeros` at the first segment's, and
+    `scales` that are folded in at the block of that granule. A
     segment whose granules do not fill its last unit is filled up with vectors of zeros, since
     tiles are multiplied whole.
     """
     f = module.function(
         "unroll",
-        dict.fromkeys(("words", "out", "zeros"), "ptr")
+        dict.fromkeys(("words", "out", "zeros", "scales"), "ptr")
         | dict.fromkeys(
             (
                 "first",
@@ -31,7 +32,7 @@ def unroller(spec: Spec, module: Module) -> Function:
         ),
         "apart",
     )
-    words, out, zeros, first, last, segment, granules, segment_granules, unit = f.parameters
+    words, out, zeros, scales, first, last, segment, granules, segment_granules, unit = f.parameters
     steps = Steps(spec, module.isa)
     start = f.op("udiv", first, segment)
     centred = spec.zero is not None and spec.inner != "dot"
@@ -51,10 +52,22 @@ def unroller(spec: Spec, module: Module) -> Function:
         if centred:
             within = f.op("sub", loop.index, start)
             zero = f.load(FLOAT, f.at(zeros, f.mul(within, ROW)), 64)
-        with f.loop(g0, g1) as inner:
-            source = f.at(words, f.mul(f.op("sub", inner.index, origin), steps.words * VECTOR))
-            place = f.at(to, f.mul(f.op("sub", inner.index, g0), steps.count * VECTOR))
-            _granule(f, steps, source, place, zero)
+
+        def decode(begin: Value, end: Value, scale: Value | None) -> None:
+            with f.loop(begin, end) as inner:
+                source = f.at(words, f.mul(f.op("sub", inner.index, origin), steps.words * VECTOR))
+                place = f.at(to, f.mul(f.op("sub", inner.index, g0), steps.count * VECTOR))
+                _granule(f, steps, source, place, zero, scale)
+
+        if spec.folded:
+            block = f.op("udiv", g0, spec.folded)
+            with f.loop(block, f.over(g1, spec.folded)) as own:
+                begin = f.greatest(f.mul(own.index, spec.folded), g0)
+                end = f.least(f.mul(f.add(own.index, 1), spec.folded), g1)
+                place = f.mul(f.op("sub", own.index, block), ROW)
+                decode(begin, end, f.load(FLOAT, f.at(scales, place), 64))
+        else:
+            decode(g0, g1, None)
         if spec.tiled:
             have = f.op("sub", g1, g0)
             want = f.mul(f.op("sub", stop, at), unit)
@@ -63,7 +76,14 @@ def unroller(spec: Spec, module: Module) -> Function:
     return f
 
 
-def _granule(f: Function, steps: Steps, source: Value, to: Value, zero: Value | None) -> None:
+def _granule(
+    f: Function,
+    steps: Steps,
+    source: Value,
+    to: Value,
+    zero: Value | None,
+    scale: Value | None,
+) -> None:
     held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
-    for i, vector in enumerate(steps.emit(f, held, zero)):
+    for i, vector in enumerate(steps.emit(f, held, zero, scale)):
         f.store(vector, f.at(to, i * VECTOR), 64)
