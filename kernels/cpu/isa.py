@@ -30,7 +30,7 @@ class Isa:
     dot: str
     """How int8 products are summed: vpdpbusd512, vpdpbusd256, pmaddubsw, smmla, sdot or widen."""
     permute: str
-    """How a table of 16 floats is looked up: vpermps512, vpermps256x2 or load."""
+    """How a table of 16 floats is looked up: vpermps512, vpermps256x2, tbl4 or load."""
     pdep: bool
     """BMI2's pdep is there and fast."""
     bf16: bool = False
@@ -78,7 +78,7 @@ def _neon(name: str, dot: str, features: str, needs: tuple[str, ...]) -> Isa:
         lanes=4,
         registers=32,
         dot=dot,
-        permute="load",
+        permute="tbl4",
         pdep=False,
         needs=needs,
     )
