@@ -1,38 +1,22 @@
-"""Dequantizing as a module: bit streams to bytes, to numbers, times their scales, rounded once.
-
-The reference computes ((value - zero) * scale * tensor scale) + bias in float64, one operation
-after another, and rounds the result once. Four ways give its bits:
-
-- "single": value - zero is exact in float32. A product of two float32 is exact in float64, so that
-  rounding it to float32 is float32's own product. A narrower result needs the product itself to
-  be exact: few bits in both factors.
-- "directed": of the float32 products rounded down and up the one with an odd last bit (both are the
-  same if the product is exact), so that rounding it to a narrower type is the only rounding that
-  counts. AVX-512 rounds a single instruction its own way.
-- "odd": the same by the error that fma gives. Tiny scales, whose error underflows, go the next way.
-- "double": float64, operation for operation, and one rounding.
-"""
+"""Dequantizing as a module: bit streams to bytes, to numbers, times their scales, rounded once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
-from math import isfinite
 from typing import NamedTuple
 
 from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import encode_bits
 from lowbit.kernels.cpu.absmax import in_vectors
 from lowbit.kernels.cpu.decode import consecutive, decoder
+from lowbit.kernels.cpu.dequantize_ways import PRODUCTS, double, narrowed, smallest_scale, way
 from lowbit.kernels.cpu.encode_lanes import SIZES, lanes_below, load_lanes
-from lowbit.kernels.cpu.epilogue import narrow
 from lowbit.kernels.cpu.ir import (
     DOUBLE,
     FLOAT,
     INT,
     LANES,
-    LONG,
     Function,
     Module,
     Value,
@@ -40,11 +24,9 @@ from lowbit.kernels.cpu.ir import (
 )
 from lowbit.kernels.cpu.isa import Isa
 
-# Numbers that wait in scratch before they are written. glibc's memcpy takes the way described in
-# `_values` from 8 KB on.
-PIECE = 2048
-_MANTISSA = {"float16": (10, -14), "bfloat16": (7, -126)}  # bits, exponent of the smallest normal
-_FLOATS = {"float32": (24, -149), "float16": (11, -24), "bfloat16": (8, -133)}
+PIECE = 2048  # numbers that wait in scratch before they are written
+_LINE = 64
+_AHEAD = 1 << 14  # bytes between what is computed and what is asked for
 
 
 @dataclass(frozen=True)
@@ -98,67 +80,6 @@ class Arguments(NamedTuple):
 
 FORMAT = f"<{len(Arguments._fields) - 1}qd"
 _ADDRESSES = ("codes", "scales", "zeros", "biases", "out")
-
-
-# Which way: from the tables alone.
-
-
-def _significant(numbers: Iterable[float]) -> tuple[int, int]:
-    """The most significant bits of any number, and the exponent of the lowest bit of all."""
-    width, lowest = 1, 1024
-    for number in numbers:
-        exact = Fraction(number)
-        if not exact:
-            continue
-        top, bottom = abs(exact.numerator), exact.denominator
-        twos = (top & -top).bit_length() - 1
-        width = max(width, (top >> twos).bit_length())
-        lowest = min(lowest, twos - bottom.bit_length() + 1)
-    return width, lowest
-
-
-def _finite(element: Element) -> list[float]:
-    return [v for v in element.values if isfinite(v)]
-
-
-def _centred(spec: Spec) -> list[float]:
-    """What the scales multiply; with zero points whole numbers of as many bits as any of it."""
-    if spec.zero is None:
-        return _finite(spec.element)
-    low, high = (-128, 127) if spec.zero == "int8" else (0, 255)
-    reach = max(spec.element.max - low, high - spec.element.min)
-    return [2.0 ** int(reach).bit_length() - 1]
-
-
-def way(spec: Spec, module: Module) -> str:
-    """How the bits of the reference come about: see above."""
-    if spec.bias or spec.zero not in (None, "int8", "uint8"):
-        return "double"
-    if spec.zero is not None and not spec.element.integral:
-        return "double"
-    values, scale = _centred(spec), spec.scale
-    width, lowest = _significant(values)
-    bits, last = _significant(_finite(scale)) if isinstance(scale, Element) else _FLOATS[scale]
-    wide = module.isa.permute == "vpermps512"
-    if spec.tensor_scale:
-        # The tensor scale is the one factor, value * scale the other one, if that is a float32.
-        if not isinstance(scale, Element) or (spec.out != "float32" and not wide):
-            return "double"
-        largest = max(map(abs, values)) * max(map(abs, _finite(scale)))
-        width, lowest, bits, last = width + bits, lowest + last, *_FLOATS["float32"]
-        if width > 24 or lowest < -149 or largest >= 2.0**128:
-            return "double"
-    if spec.out == "float32" or (width + bits <= 24 and lowest + last >= -149):
-        return "single"
-    if wide:
-        return "directed"
-    return "odd" if module.fused and smallest_scale(spec) <= 2.0**-20 else "double"
-
-
-def smallest_scale(spec: Spec) -> float:
-    """From here on the error of a product is a float32: its last bit is one of 2**-149 or more."""
-    lowest = _significant(_centred(spec))[1]
-    return 2.0 ** max(-126 - lowest, -126)
 
 
 def text(spec: Spec, isa: Isa) -> str:
@@ -278,6 +199,7 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
     # All that a block can hold fits one register of AVX-512: its results are looked up.
     tabled = width == 2 and bits <= 5 and module.isa.permute == "vpermps512"
     unpack = None if bits == 8 else encode_bits.unpacker(module, bits)
+    copy = _copier(module)
     kinds = [["scales", "zeros", "biases"].index(name) for name in _kinds(spec)]
 
     def numbers(number: Value, kind: str) -> dict[int, Value]:
@@ -297,9 +219,15 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
         }
 
     def segment(
-        number: Value, count: Value, source: Value, target: Value, kind: str, vectors: int = 0
+        number: Value,
+        count: Value,
+        source: Value,
+        target: Value,
+        there: Value,
+        kind: str,
+        vectors: int = 0,
     ) -> None:
-        """`count` codes of one block."""
+        """`count` codes of one block; memory that is written later is at `there`."""
         held = numbers(number, kind)
 
         def finished(codes: Value) -> Value:
@@ -308,14 +236,19 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
             assert scale is not None
             value = decode(f, codes)
             if kind == "double":
-                return _double(spec, f, value, scale, zero, bias)
+                return double(spec, f, value, scale, zero, bias)
             if zero is not None:
                 value = f.op("fsub", value, zero)
             if factor is not None:
                 value, scale = f.op("fmul", value, scale), factor
-            return _narrowed(f, spec, _PRODUCTS[kind](f, value, scale))
+            return narrowed(f, spec, PRODUCTS[kind](f, value, scale))
+
+        def ask(index: Value) -> None:
+            """For the line that will be written some time later, since storing reads it first."""
+            fetch(f, f.at(there, f.mul(index, width)))
 
         def body(index: Value, mask: Value | None) -> None:
+            ask(index)
             codes = load_lanes(f, "i8", f.at(source, index), mask if bits == 8 else None)
             # What is written behind the last number is overwritten, or not copied.
             f.store(finished(codes), f.at(target, f.mul(index, width)), width)
@@ -323,6 +256,7 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
         if tabled and vectors > 1:
             table = _table(f, spec, finished)
             with f.loop(0, vectors * LANES, 2 * LANES) as loop:
+                ask(loop.index)
                 _look_up(f, table, f.at(source, loop.index), f.at(target, f.mul(loop.index, 2)))
         elif vectors:
             some = min(vectors, 4)
@@ -333,11 +267,13 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
             table = _table(f, spec, finished)
             # Bytes of whole pairs of vectors lie in scratch, codes or not.
             with f.loop(0, count, 2 * LANES) as loop:
+                ask(loop.index)
                 _look_up(f, table, f.at(source, loop.index), f.at(target, f.mul(loop.index, 2)))
         else:
             in_vectors(f, count, body)
 
     def piece(begin: Value, end: Value, source: Value, kind: str) -> list[Value]:
+        later = f.at(out, f.add(f.mul(f.op("sub", begin, start), width), _AHEAD))
         first, last = f.op("udiv", begin, block), f.over(end, block)
         if spec.vectors and kind == chosen:
             # Pieces begin where blocks do.
@@ -345,14 +281,16 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
             with f.loop(first, whole) as loop:
                 at = f.op("sub", f.mul(loop.index, block), begin)
                 target = f.at(wait, f.mul(at, width))
-                segment(loop.index, block, f.at(source, at), target, kind, spec.vectors)
+                there = f.at(later, f.mul(at, width))
+                segment(loop.index, block, f.at(source, at), target, there, kind, spec.vectors)
             first = whole
         with f.loop(first, last) as loop:
             at = f.mul(loop.index, block)
             left, right = f.greatest(at, begin), f.least(f.add(at, block), end)
             done = f.op("sub", left, begin)
             count, target = f.op("sub", right, left), f.at(wait, f.mul(done, width))
-            segment(loop.index, count, f.at(source, done), target, kind)
+            there = f.at(later, f.mul(done, width))
+            segment(loop.index, count, f.at(source, done), target, there, kind)
         return []
 
     with f.loop(start, stop, PIECE) as loop:
@@ -371,10 +309,14 @@ def _values(spec: Spec, module: Module, chosen: str) -> Function:
             )
         else:
             piece(begin, end, source, chosen)
-        # The C library writes lines without having read them, where the machine can: half of the
-        # traffic. Stores past the caches (movnt) took twice as long as plain ones.
-        f.call("memcpy", "ptr", f.at(out, f.mul(done, width)), wait, f.mul(count, width))
+        f.run(copy, wait, f.at(out, f.mul(done, width)), f.mul(count, width))
     return f
+
+
+def fetch(f: Function, address: Value) -> None:
+    """Ask for a line that will be written; the address need not exist."""
+    how = (constant("i32", 1), constant("i32", 2), constant("i32", 1))
+    f.call("llvm.prefetch.p0", "void", address, *how)
 
 
 def _decoder(element: Element, module: Module) -> Callable[[Function, Value], Value]:
@@ -404,74 +346,29 @@ def _look_up(f: Function, table: Value, source: Value, target: Value) -> None:
     f.store(f.call("llvm.x86.avx512.permvar.hi.512", wide, table, index), target, 2)
 
 
-def _single(f: Function, value: Value, scale: Value) -> Value:
-    return f.op("fmul", value, scale)
+def _copier(module: Module) -> Function:
+    """Function that copies bytes to whole lines where it can; `source` begins with one."""
+    f = module.function("copy", {"source": "ptr", "out": "ptr", "size": "i64"}, "apart")
+    source, out, size = f.parameters
+    line = f"<{_LINE} x i8>"
+    address = f.cast("ptrtoint", out, "i64")
+    head = f.op("and", f.op("sub", constant("i64", 0), address), _LINE - 1)
+    stop = f.op("sub", size, f.op("and", f.add(address, size), _LINE - 1))
 
+    def lines() -> list[Value]:
+        with f.when(f.compare("ne", head, 0)):
+            f.store(f.load(line, source, 1), out, 1)
+        with f.loop(head, stop, _LINE) as loop:
+            f.store(f.load(line, f.at(source, loop.index), 1), f.at(out, loop.index), _LINE)
+        with f.when(f.compare("ne", stop, size)):
+            rest = f.op("sub", size, _LINE)
+            f.store(f.load(line, f.at(source, rest), 1), f.at(out, rest), 1)
+        return []
 
-def _directed(f: Function, value: Value, scale: Value) -> Value:
-    low, high = (
-        f.call("llvm.x86.avx512.mul.ps.512", FLOAT, value, scale, constant("i32", direction))
-        for direction in (9, 10)  # down and up, without exceptions
-    )
-    even = f.compare("eq", f.op("and", f.bits(low, INT), 1), 0)
-    return f.select(even, high, low)
+    def octets() -> list[Value]:
+        with f.loop(0, size) as loop:
+            f.store(f.load("i8", f.at(source, loop.index), 1), f.at(out, loop.index), 1)
+        return []
 
-
-def _odd(f: Function, value: Value, scale: Value) -> Value:
-    product = f.op("fmul", value, scale)
-    error = f.fma(value, scale, f.let(FLOAT, f"fneg {product}"))
-    pattern = f.bits(product, INT)
-    # +1 where the error points away from zero, else -1.
-    away = f.op("or", f.op("ashr", f.op("xor", pattern, f.bits(error, INT)), 31), 1)
-    even = f.compare("eq", f.op("and", pattern, 1), 0)
-    inexact = f.compare("one", error, 0.0)
-    odd = f.select(f.op("and", even, inexact), f.add(pattern, away), pattern)
-    return f.bits(odd, FLOAT)
-
-
-_PRODUCTS = {"single": _single, "directed": _directed, "odd": _odd}
-
-
-def _double(
-    spec: Spec, f: Function, value: Value, scale: Value, zero: Value | None, bias: Value | None
-) -> Value:
-    wide = f.cast("fpext", value, DOUBLE)
-    if zero is not None:
-        wide = f.op("fsub", wide, zero)
-    wide = f.op("fmul", wide, scale)
-    if bias is not None:
-        wide = f.op("fadd", wide, bias)
-    if spec.out != "float32":
-        wide = _rounded(spec, f, wide)
-    return _narrowed(f, spec, f.cast("fptrunc", wide, FLOAT))
-
-
-def _rounded(spec: Spec, f: Function, wide: Value) -> Value:
-    """Float64 to the nearest number of a narrow type, as float64 without overflow.
-
-    Next to 1.5 units in the last place of a number times 2**52 it is rounded as that type's
-    mantissa is; subnormal numbers have the unit of the smallest normal one.
-    """
-    mantissa, least = _MANTISSA[spec.out]
-    pattern = f.bits(wide, LONG)
-    size = f.op("and", pattern, 2**63 - 1)
-    floor = (least + 1023) << 52
-    larger = f.select(f.compare("sgt", size, floor), size, floor)
-    unit = f.add(f.op("and", larger, 0x7FF << 52), (52 - mantissa) << 52)
-    moved = f.op("fadd", f.bits(size, DOUBLE), f.bits(unit, DOUBLE))
-    near = f.bits(f.op("fsub", moved, f.bits(unit, DOUBLE)), LONG)
-    # Infinities and NaN stay what they are: their unit's exponent wraps around to a small one.
-    signed = f.op("or", near, f.op("and", pattern, -(2**63)))
-    return f.bits(signed, DOUBLE)
-
-
-def _narrowed(f: Function, spec: Spec, x: Value) -> Value:
-    if spec.out == "float16" and (f.module.arm or "f16c" in f.module.isa.needs):
-        return f.cast("fptrunc", x, f"<{LANES} x half>")
-    if spec.out == "bfloat16" and all(isfinite(v) for v in spec.element.values):
-        # As `narrow` does, but there is no NaN to look for.
-        bits = f.bits(x, INT)
-        odd = f.op("and", f.op("lshr", bits, 16), 1)
-        rounded = f.op("lshr", f.add(f.add(bits, 0x7FFF), odd), 16)
-        return f.cast("trunc", rounded, f"<{LANES} x i16>")
-    return narrow(f, x, spec.out)
+    f.either(f.compare("sge", size, 2 * _LINE), lines, octets)
+    return f
