@@ -73,7 +73,7 @@ def cases(threads: int) -> list[Case]:
     """
     own = {FMA: "float32", BF16: "bfloat16", DOT: "int8_row"}
     found = []
-    for weight in ("int4_g128", "int8_row", "fp8_row", "nf4_g64", "int3_g128"):
+    for weight in ("int4_g128", "int8_row", "fp8_row", "nf4_g64", "mxfp4", "int3_g128"):
         for kernel, x in own.items():
             if kernel != DOT or weight.startswith("int"):
                 found += [Case(m, 512, 4096, weight, x, kernel) for m in (1, 2, 4, 16, 64)]

@@ -1,5 +1,6 @@
 """Hypothesis is the same in every run here; `make nightly` looks for what it has not seen."""
 
+import os
 import signal
 
 from hypothesis import settings
@@ -7,6 +8,9 @@ from hypothesis import settings
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+# Choices are tested by nominal rates, also on a machine that `lowbit bench --tune` has measured.
+os.environ["LOWBIT_TUNING"] = "off"
 
 # A shell's background jobs ignore SIGINT and hand that down to every child, where Python then
 # makes no handler: the tests of Ctrl-C would wait for ever.

@@ -5,7 +5,7 @@
 
 Every term is an amount of work over a rate of the machine (`machine.Rates`). Amounts follow from
 the method, the way in which the generated code goes through its operands; rates are nominal until
-`lowbit bench --tune` has measured them. The price never falls where m, n or k grows.
+`lowbit bench --tune` has measured them. By one method the price never falls where m, n or k grows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SIZES = {"fma": 4, "bf16": 2, "dot": 1}  # bytes of an operand
 _CURVED = 6  # passes over a result that an activation with an exponential counts as
 
 
-def seconds(p: Problem, inner: str, method: str, segment: int) -> float:
+def seconds(p: Problem, inner: str, method: str, segment: int, *, folded: bool = False) -> float:
     """The price of a product.
 
     Parameters
@@ -38,30 +38,49 @@ def seconds(p: Problem, inner: str, method: str, segment: int) -> float:
         As a `Spec` has them: what is multiplied, and how often codes are decoded for it.
     segment : int
         Columns between any two changes of a scale.
+    folded : bool
+        Codes are multiplied by their scales while they are decoded.
     """
     known = machine.known(p.device, p.threads)
     rates = known.rates
-    tiled = method in ("tiles", "single")
-    rows = -(-p.m // _BLOCK) * _BLOCK if tiled else p.m
     columns = -(-p.n // PANEL) * PANEL
+    decoded = _decoded(rates, inner, p.w.element, folded)
 
-    passes = -(-p.m // (FEW if method == "direct" else _TALL))
-    multiplying = p.k / getattr(rates, f"{inner}_tiles" if tiled else inner)
+    def column(m: int) -> float:
+        return _column(p, rates, inner, method, segment, decoded, m)
+
+    # One thread works on at least a tile: columns of `GROUP` panels, rows up to `_TALL`.
+    tile = min(columns, GROUP * PANEL) * column(min(p.m, _TALL))
+    working = max(columns / p.threads * column(p.m), tile)
+    if p.threads > 1:
+        working /= rates.together
+    working = _beside(p.bytes / known.read(p.threads), working)
+    return _arranging(p, rates, inner) + working + _finishing(p, rates)
+
+
+def _column(
+    p: Problem,
+    rates: machine.Rates,
+    inner: str,
+    method: str,
+    segment: int,
+    decoded: float,
+    m: int,
+) -> float:
+    """Seconds of a thread for one row of w and `m` rows of x."""
+    tiled = method in ("tiles", "single")
+    each = p.k / getattr(rates, f"{inner}_tiles" if tiled else inner)
     if segment < p.k or isinstance(p.x, Format):
-        multiplying += -(-p.k // segment) / rates.scale
-    decoding = passes * p.k / _decoded(rates, inner, p.w.element)
+        each += -(-p.k // segment) / rates.scale
+    multiplying = each * (-(-m // _BLOCK) * _BLOCK if tiled else m)
+    passes = -(-m // (FEW if method == "direct" else _TALL))
+    decoding = passes * p.k / decoded
     # Vectors decode while the tile registers multiply what was decoded before: for a single tile
     # of rows step by step, for more of them one after the other.
-    multiplying *= rows
-    each = _beside(multiplying, decoding) if method == "single" else multiplying + decoding
+    work = _beside(multiplying, decoding) if method == "single" else multiplying + decoding
     if p.layout == "rows":
-        each += -(-p.m // _TALL) * p.k * _repacked(rates, p.w.element.bits)
-    # One thread works on at least a tile: columns of `GROUP` panels, rows up to `_TALL`.
-    busy = max(columns / p.threads, min(columns, GROUP * PANEL) * min(1.0, _TALL / p.m))
-    if p.threads > 1:
-        busy /= rates.together
-    working = _beside(p.bytes / known.read(p.threads), busy * each)
-    return _arranging(p, rates, inner) + working + _finishing(p, rates)
+        work += -(-m // _TALL) * p.k * _repacked(rates, p.w.element.bits)
+    return work
 
 
 def _beside(one: float, other: float) -> float:
@@ -69,14 +88,17 @@ def _beside(one: float, other: float) -> float:
     return float((one**4 + other**4) ** 0.25)
 
 
-def _decoded(rates: machine.Rates, inner: str, element: Element) -> float:
-    """Codes that become operands, a second; bytes are operands already."""
+def _decoded(rates: machine.Rates, inner: str, element: Element, folded: bool) -> float:
+    """Codes that become operands, a second; bytes are operands already.
+
+    A look-up and a multiplication are as long as the look-up in a longer table.
+    """
     if inner == "dot":
         return rates.byte_narrow if element.bits < 8 else float("inf")
-    if element.bits <= 4:
+    if element.bits <= 4 and not folded:
         kind = "narrow"
     else:
-        kind = "table" if consecutive(element) is None else "integer"
+        kind = "table" if folded or consecutive(element) is None else "integer"
     rate: float = getattr(rates, f"{'float' if inner == 'fma' else 'bfloat'}_{kind}")
     return rate
 

@@ -130,7 +130,7 @@ def nominal(name: str) -> Rates:
         float_narrow=lanes,
         float_integer=lanes / 1.75,
         float_table=lanes / 4,
-        bfloat_narrow=lanes / 1.6,
+        bfloat_narrow=lanes / 1.5,
         bfloat_integer=lanes / 2.5,
         bfloat_table=lanes / 2.75,
         byte_narrow=lanes,
@@ -158,8 +158,9 @@ class Known:
         return "measured" if self.measured else "estimated"
 
     def read(self, threads: int) -> float:
-        """Bytes a second."""
-        return min(self.rates.read_one * threads, self.rates.read_all)
+        """Bytes a second: a thread's for each of a few, those of all where many wait in turn."""
+        one, every = self.rates.read_one * threads, self.rates.read_all
+        return float((one**-4 + every**-4) ** -0.25)
 
 
 def known(device: str, threads: int) -> Known:

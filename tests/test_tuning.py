@@ -1,0 +1,633 @@
+"""Prices of products: what they follow from, whose rates they take, and how those are found."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import lowbit as lb
+from lowbit import kernels, tuning
+from lowbit.cli import app, benching
+from lowbit.kernels import Problem, choose, judge
+from lowbit.kernels.cpu import costs, machine
+from lowbit.kernels.cpu.isa import RECORDS, host
+from lowbit.kernels.cpu.machine import Rates, Tuning
+
+ROOT = Path(__file__).parent.parent
+NAMES = tuple(each.name for each in fields(Rates))
+METHODS = {
+    "fma": ("direct", "decoded"),
+    "bf16": ("direct", "decoded", "tiles", "single"),
+    "dot": ("direct", "decoded", "tiles", "single"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _estimated(monkeypatch):
+    """Nominal rates, whatever this machine's user has measured."""
+    monkeypatch.setenv("LOWBIT_TUNING", "off")
+    before = machine.use(())
+    yield
+    machine.use(before)
+
+
+def problem(**changes):
+    stated = Problem(64, 4096, 4096, "float32", lb.format("int4_g128"), layout="words16")
+    return replace(stated, device="cpu:avx512vnni", threads=16, **changes)
+
+
+def tuned(rates=None, **changes):
+    here = {"isa": host().name, "processor": machine.processor(), "version": machine.version()}
+    stated = here | {"threads": 2, "measured": "2026-01-01T00:00:00+00:00"} | changes
+    return Tuning(**stated, rates=rates or machine.nominal(stated["isa"]))
+
+
+def price(stated, kernel):
+    return next(v.seconds for v in judge(stated) if v.kernel.name == kernel)
+
+
+# Amounts of work
+
+
+@st.composite
+def _priced(draw):
+    inner = draw(st.sampled_from(list(METHODS)))
+    method = draw(st.sampled_from(METHODS[inner]))
+    weight = draw(st.sampled_from(["int4_g32", "int8_row", "fp8_128x128", "int3_g96", "nvfp4"]))
+    stated = problem(
+        m=draw(st.integers(1, 2000)),
+        n=draw(st.integers(1, 9000)),
+        k=draw(st.integers(1, 9000)),
+        x=draw(st.sampled_from(["float32", "bfloat16", lb.format("int8_g128")])),
+        w=lb.format(weight),
+        activation=draw(st.sampled_from([None, "relu", "gelu"])),
+        layout=draw(st.sampled_from(["rows", "words16"])),
+    )
+    stated = replace(stated, threads=draw(st.sampled_from([1, 2, 16, 192])))
+    isa = "amx" if method in ("tiles", "single") else draw(st.sampled_from(RECORDS)).name
+    return replace(stated, device=f"cpu:{isa}"), inner, method, draw(st.sampled_from([16, 128]))
+
+
+@given(
+    case=_priced(),
+    axis=st.sampled_from(["m", "n", "k"]),
+    more=st.one_of(st.integers(1, 20), st.integers(1, 10000)),
+)
+def test_more_never_costs_less(case, axis, more):
+    stated, inner, method, segment = case
+    larger = replace(stated, **{axis: getattr(stated, axis) + more})
+    before = costs.seconds(stated, inner, method, segment)
+    assert 0 < before <= costs.seconds(larger, inner, method, segment) * (1 + 1e-12)
+
+
+def test_a_price_is_the_work_over_the_rates():
+    """By hand: 64 rows, 512 columns of int4_g128, float32, one thread, of which nothing is fast."""
+    stated = replace(problem(n=512, m=64), threads=1)
+    rates = machine.nominal("avx512vnni")
+    computing = 512 * (4096 / rates.float_narrow + 64 * (4096 / rates.fma + 32 / rates.scale))
+    moving = stated.bytes / (rates.read_one**-4 + rates.read_all**-4) ** -0.25
+    expected = rates.call + (computing**4 + moving**4) ** 0.25 + 64 * 512 / rates.finish
+    assert price(stated, "matmul.cpu.fma") == pytest.approx(expected, rel=1e-12)
+
+
+def test_tiles_of_sixteen_rows_cost_as_much_for_one():
+    stated = replace(problem(x="bfloat16"), device="cpu:amx", threads=1)
+    one, sixteen, more = (
+        costs.seconds(replace(stated, m=m), "bf16", "tiles", 4096) for m in (1, 16, 17)
+    )
+    assert sixteen < 1.1 * one
+    assert more > sixteen + 16 * 4096 * 4096 / machine.nominal("amx").bf16_tiles / 1.1
+
+
+def test_rows_that_are_not_prepared_cost_more():
+    for weight in ("int4_g128", "int8_row", "int3_g128"):
+        stated = problem(w=lb.format(weight), m=1)
+        packed, plain = (
+            price(replace(stated, layout=layout), "matmul.cpu.fma")
+            for layout in ("words16", "rows")
+        )
+        assert plain > 1.002 * packed
+
+
+def test_threads_share_what_there_is_to_share():
+    wide = problem(n=8192)
+    assert price(replace(wide, threads=2), "matmul.cpu.fma") == pytest.approx(
+        price(replace(wide, threads=1), "matmul.cpu.fma") / 2, rel=0.01
+    )
+    narrow = problem(n=64)
+    assert price(replace(narrow, threads=16), "matmul.cpu.fma") > 0.9 * price(
+        replace(narrow, threads=2), "matmul.cpu.fma"
+    )
+
+
+# The choice, by nominal rates
+
+
+@pytest.mark.parametrize("isa", [each.name for each in RECORDS])
+@pytest.mark.parametrize("weight", ["int4_g128", "int8_row", "fp8_row", "nf4_g64"])
+@pytest.mark.parametrize("m", [1, 64])
+def test_float32_is_multiplied_as_float32(isa, weight, m):
+    stated = replace(problem(w=lb.format(weight), m=m), device=f"cpu:{isa}")
+    assert choose(stated).kernel.name == "matmul.cpu.fma"
+
+
+@pytest.mark.parametrize("isa", [each.name for each in RECORDS])
+@pytest.mark.parametrize("weight", ["int4_g128", "int8_row", "uint4_g64_asym"])
+@pytest.mark.parametrize("m", [1, 4, 64])
+def test_integers_are_multiplied_as_integers(isa, weight, m):
+    stated = problem(w=lb.format(weight), m=m, x=lb.format("int8_row"))
+    assert choose(replace(stated, device=f"cpu:{isa}")).kernel.name == "matmul.cpu.dot"
+
+
+@pytest.mark.parametrize("weight", ["int4_g128", "int8_row", "fp8_row", "nf4_g64", "mxfp4"])
+@pytest.mark.parametrize("m", [4, 16, 64, 256])
+@pytest.mark.parametrize("isa", [each.name for each in RECORDS])
+def test_bfloat16_is_multiplied_where_the_machine_can(isa, weight, m):
+    stated = replace(problem(w=lb.format(weight), m=m, x="bfloat16"), device=f"cpu:{isa}")
+    can = next(each.bf16 for each in RECORDS if each.name == isa)
+    assert choose(stated).kernel.name == ("matmul.cpu.bf16" if can else "matmul.cpu.fma")
+
+
+@pytest.mark.parametrize("weight", ["int4_g128", "nf4_g64", "fp8_row"])
+def test_one_row_of_bfloat16_is_no_dearer_in_bfloat16_on_zen_4(weight):
+    stated = replace(problem(w=lb.format(weight), m=1, x="bfloat16"), device="cpu:avx512bf16")
+    assert choose(stated).kernel.name == "matmul.cpu.bf16"
+
+
+def test_slow_products_of_bfloat16_are_left_alone():
+    """The choice follows the rates, not the name of the instruction set."""
+    stated = replace(problem(m=1, x="bfloat16"), device="cpu:avx512bf16", threads=2)
+    slow = replace(machine.nominal("avx512bf16"), bf16=1e9)
+    machine.use((tuned(slow, isa="avx512bf16"),))
+    assert choose(stated).kernel.name == "matmul.cpu.fma"
+    machine.use(())
+    assert choose(stated).kernel.name == "matmul.cpu.bf16"
+
+
+@pytest.mark.parametrize("isa", [each.name for each in RECORDS])
+@pytest.mark.parametrize("x", ["float32", "bfloat16", lb.format("int8_row")])
+def test_a_batch_invariant_choice_does_not_depend_on_m(isa, x):
+    stated = replace(problem(x=x, batch_invariant=True), device=f"cpu:{isa}")
+    assert len({choose(replace(stated, m=m)).kernel.name for m in (1, 2, 5, 64, 4096)}) == 1
+
+
+# Whose rates
+
+
+def test_measured_rates_are_for_their_instruction_set():
+    fast = replace(machine.nominal("avx2"), fma=9e15)
+    machine.use((tuned(fast, isa="avx2"),))
+    assert machine.known("cpu:avx2", 2) == machine.Known(fast, measured=True)
+    for other in RECORDS:
+        if other.name != "avx2":
+            found = machine.known(f"cpu:{other.name}", 2)
+            assert found == machine.Known(machine.nominal(other.name), measured=False)
+
+
+def test_the_nearest_number_of_threads_counts():
+    some = [tuned(replace(machine.nominal("avx2"), call=n), isa="avx2", threads=n) for n in (2, 16)]
+    machine.use(tuple(some))
+    chosen = {n: machine.known("cpu:avx2", n).rates.call for n in (1, 2, 4, 8, 16, 64)}
+    assert chosen == {1: 2, 2: 2, 4: 2, 8: 16, 16: 16, 64: 16}
+
+
+def test_nominal_rates_of_every_record_could_be_read_back():
+    for record in RECORDS:
+        rates = machine.nominal(record.name)
+        assert all(0 < rate < 1e18 for rate in asdict(rates).values())
+        assert rates.call < 1e-4 < 1e6 < rates.scale
+
+
+def test_explain_says_whose_rates(monkeypatch):
+    x, w = np.ones((8, 64), np.float32), lb.quantize(np.ones((32, 64), np.float32), "int4_g32")
+    lines = str(lb.explain(x, w.T)).splitlines()
+    assert lines[2].startswith("floors (estimated machine)")
+    assert lines[3].endswith("(costs are estimated)")
+    assert not any("(measured" in line for line in lines)
+    rates = machine.nominal(host().name)
+    machine.use((tuned(replace(rates, read_one=1e9, read_all=1e15, fma=1e9)),))
+    why = lb.explain(x, w.T, kernel="matmul.cpu.fma")
+    each = why.problem.threads * 1e9
+    assert why.floors == pytest.approx((why.problem.bytes / each, 8 * 32 * 64 / each))
+    lines = str(why).splitlines()
+    assert lines[2].startswith("floors (measured machine)")
+    assert lines[3].endswith("(costs are measured)")
+    for line in lines[5:]:
+        source = "estimated" if "reference" in line else "measured"
+        assert " no: " in line or line.endswith(f"({source})")
+
+
+def test_floors_are_those_of_the_fastest_instructions():
+    known = machine.nominal("amx")
+    limits = machine.estimate("cpu:amx", 2)
+    assert 0.95 * 2 * known.read_one < limits.bandwidth < 2 * known.read_one
+    assert limits.float_operations == 2 * 2 * known.fma
+    assert limits.bfloat_operations == 2 * 2 * known.bf16_tiles
+    assert limits.integer_operations == 2 * 2 * known.dot_tiles
+    vectors = machine.estimate("cpu:avx2", 192)
+    assert vectors.bandwidth == pytest.approx(machine.nominal("avx2").read_all, rel=1e-3)
+    assert vectors.bfloat_operations == vectors.float_operations
+    assert vectors.integer_operations == 2 * 192 * machine.nominal("avx2").dot
+
+
+# The file
+
+
+def written(path, *found):
+    path.write_text(machine.text(list(found)))
+    return path
+
+
+def load(monkeypatch, path):
+    """What a new process would find, and what it would say."""
+    monkeypatch.setenv("LOWBIT_TUNING", str(path))
+    machine.use(None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = machine.tunings()
+        assert machine.tunings() is found  # read once, and said once
+    return found, [str(each.message) for each in caught]
+
+
+def test_a_file_is_read_back(monkeypatch, tmp_path):
+    rates = Rates(*(float(n + 1) for n in range(len(NAMES))))
+    mine, other = tuned(rates), tuned(processor="another")
+    path = written(tmp_path / "t.json", other, mine)
+    assert machine.read(path) == [other, mine]
+    assert load(monkeypatch, path) == ((mine,), [])
+    assert machine.known(f"cpu:{host().name}", 2).rates == rates
+
+
+BROKEN = {
+    "empty": "",
+    "cut": machine.text([tuned()])[:-20],
+    "binary": "\0\1\2",
+    "deep": "[" * 100_000,
+    "list": "[]",
+    "schema": machine.text([tuned()]).replace('"lowbit tuning": 1', '"lowbit tuning": 2'),
+    "machines": '{"lowbit tuning": 1, "machines": {}}',
+    "entry": '{"lowbit tuning": 1, "machines": [1]}',
+    "large": " " * (1 << 20) + machine.text([tuned()]),
+    "missing": machine.text([tuned()]).replace('"fma":', '"ferma":'),
+    "threads": machine.text([tuned()]).replace('"threads": 2', '"threads": 0'),
+    "true": machine.text([tuned()]).replace('"threads": 2', '"threads": true'),
+    "isa": machine.text([tuned()]).replace(f'"isa": "{host().name}"', '"isa": ["x"]'),
+    **{
+        f"rate {bad}": json.dumps(
+            {
+                "lowbit tuning": 1,
+                "machines": [asdict(tuned()) | {"rates": asdict(tuned().rates) | {"fma": bad}}],
+            }
+        )
+        for bad in (0, -1.0, float("nan"), float("inf"), True, "fast", None, 1e30)
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_costs_a_warning_and_nothing_else(kind, monkeypatch, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(BROKEN[kind])
+    found, said = load(monkeypatch, path)
+    assert found == ()
+    assert len(said) == 1
+    assert said[0].startswith(f"tuning not used, costs are estimated: {path}: ")
+    assert choose(problem()).kernel.name == "matmul.cpu.fma"
+
+
+def test_what_cannot_be_read_costs_a_warning(monkeypatch, tmp_path):
+    found, said = load(monkeypatch, tmp_path)  # a folder
+    assert (found, len(said)) == ((), 1)
+    found, said = load(monkeypatch, tmp_path / "absent")
+    assert (found, len(said)) == ((), 1)
+    assert "lowbit bench --tune" in said[0]
+
+
+def test_a_file_of_another_machine_is_not_used(monkeypatch, tmp_path):
+    other = [tuned(processor="another"), tuned(version="0.0.0")]
+    found, said = load(monkeypatch, written(tmp_path / "t.json", *other))
+    assert (found, len(said)) == ((), 1)
+    assert f"nothing of {machine.processor()} with lowbit {machine.version()}" in said[0]
+
+
+def test_a_shared_folder_of_settings_says_nothing_of_other_machines(monkeypatch, tmp_path):
+    import platformdirs
+
+    monkeypatch.setattr(platformdirs, "user_config_dir", lambda *a, **k: str(tmp_path))
+    path, _ = machine.place()
+    assert path is None  # off, by the fixture
+    assert load(monkeypatch, "") == ((), [])  # none there
+    assert machine.place()[0] == tmp_path / "tuning.json"
+    written(tmp_path / "tuning.json", tuned(processor="another"))
+    assert load(monkeypatch, "") == ((), [])
+    mine = tuned()
+    written(tmp_path / "tuning.json", tuned(processor="another"), mine)
+    assert load(monkeypatch, "") == ((mine,), [])
+    assert load(monkeypatch, "off") == ((), [])
+
+
+def test_without_a_home_there_is_no_file(monkeypatch):
+    import platformdirs
+
+    monkeypatch.delenv("LOWBIT_TUNING")
+    monkeypatch.setattr(platformdirs, "user_config_dir", lambda *a, **k: "~/.config/lowbit")
+    path, why = machine.place()
+    assert path is None
+    assert "LOWBIT_TUNING" in why
+
+
+def test_writing_keeps_other_machines(tmp_path):
+    path = tmp_path / "new" / "t.json"
+    others = [tuned(processor="another", version="0.0.0"), tuned(threads=3), tuned(isa="generic")]
+    for each in (*others, tuned(measured="yesterday")):
+        tuning.write(each, path)
+    newest = tuned(measured="today")
+    tuning.write(newest, path)
+    assert machine.read(path) == [*others, newest]
+    assert [each.name for each in path.parent.iterdir()] == ["t.json"]
+
+
+def test_writing_forgets_what_another_version_measured_here(tmp_path):
+    path = tmp_path / "t.json"
+    tuning.write(tuned(version="0.0.0", threads=7), path)
+    tuning.write(tuned(), path)
+    assert machine.read(path) == [tuned()]
+
+
+def test_writing_replaces_a_broken_file(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text("{")
+    tuning.write(tuned(), path)
+    assert machine.read(path) == [tuned()]
+
+
+def test_a_failed_write_leaves_what_was_there(monkeypatch, tmp_path):
+    path = written(tmp_path / "t.json", tuned())
+
+    def full(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        tuning.write(tuned(measured="today"), path)
+    assert machine.read(path) == [tuned()]
+    assert [each.name for each in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_prices_load_nothing_heavy(tmp_path):
+    path = written(tmp_path / "t.json", tuned())
+    code = (
+        "import sys, numpy, lowbit\n"
+        "w = lowbit.quantize(numpy.ones((8, 64), numpy.float32), 'int4_g32')\n"
+        "x = numpy.ones((1, 64), numpy.float32)\n"
+        "before = set(sys.modules)\n"
+        "print(lowbit.explain(x, w.T).rates)\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "LOWBIT_TUNING": str(path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, loaded = done.stdout.splitlines()
+    assert said == "measured"
+    assert set(loaded.split()) <= {"lowbit", "numpy", "platformdirs"} | set(sys.stdlib_module_names)
+
+
+# The fit
+
+
+def samples(isa, rates, threads=2):
+    """Products of the tuning grid with the times that such rates would give."""
+    machine.use((tuned(rates, isa=isa, threads=threads),))
+    found = []
+    for case in tuning.cases(threads):
+        x = case.x if case.x in tuning.DENSE else lb.format(case.x)
+        layout = "words16" if case.prepared else "rows"
+        stated = Problem(case.m, case.n, case.k, x, lb.format(case.weight), layout=layout)
+        stated = replace(stated, device=f"cpu:{isa}", threads=case.threads)
+        verdict = next(v for v in judge(stated) if v.kernel.name == case.kernel)
+        if verdict.seconds is not None:
+            found.append(tuning.Sample(stated, case.kernel, verdict.seconds))
+    machine.use(())
+    return found
+
+
+# Rates that the grid shows: not those of instructions that the record lacks, and not those that
+# take turns with memory.
+SHOWN = {
+    "amx": set(NAMES) - {"bf16", "dot", "read_all", "byte_narrow", "dot_tiles"},
+    "avx512bf16": set(NAMES) - {"bf16_tiles", "dot_tiles", "read_all", "byte_narrow"},
+    "avx2": {"call", "fma", "dot", "float_narrow", "float_integer", "float_table", "together"},
+}
+
+
+@pytest.mark.parametrize("isa", SHOWN)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_fit_finds_planted_rates(isa, seed):
+    rng = np.random.default_rng(seed)
+    factors = dict(zip(NAMES, 2.0 ** rng.uniform(-1, 1, len(NAMES)), strict=True))
+    factors["together"] = 0.8
+    planted = Rates(**{n: r * factors[n] for n, r in asdict(machine.nominal(isa)).items()})
+    timed = samples(isa, planted)
+    found = tuning.fit(timed, isa)
+    assert machine.tunings() == ()  # as it was before
+    for name in SHOWN[isa]:
+        assert getattr(found, name) == pytest.approx(getattr(planted, name), rel=0.03), name
+    machine.use((tuned(found, isa=isa),))
+    prices = np.array([price(s.problem, s.kernel) for s in timed])
+    assert np.abs(np.log(prices / [s.seconds for s in timed])).max() < 0.02
+
+
+def test_the_fit_outlives_disturbed_times():
+    planted = replace(machine.nominal("amx"), fma=5e10, bf16_tiles=3e11, read_one=2e10)
+    rng = np.random.default_rng(0)
+    timed = [
+        replace(s, seconds=s.seconds * (rng.uniform(1.5, 5) if rng.random() < 0.15 else 1))
+        for s in samples("amx", planted)
+    ]
+    found = tuning.fit(timed, "amx")
+    for name in ("fma", "bf16_tiles", "read_one"):
+        assert getattr(found, name) == pytest.approx(getattr(planted, name), rel=0.15), name
+
+
+def test_what_nothing_shows_stays_nominal():
+    found = tuning.fit(samples("avx2", machine.nominal("avx2")), "avx2")
+    assert found.bf16_tiles == pytest.approx(machine.nominal("avx2").bf16_tiles, rel=1e-3)
+    with pytest.raises(ValueError, match="no product was measured"):
+        tuning.fit([], "avx2")
+
+
+# Measuring, and the commands
+
+TINY = [
+    tuning.Case(1, 16, 32, "int4_row", "float32", tuning.FMA),
+    tuning.Case(20, 48, 64, "int4_row", "int8_row", tuning.DOT, prepared=False),
+    tuning.Case(3, 48, 64, "int4_row", "int8_row", tuning.BF16),  # whole numbers: it refuses
+]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_measuring_takes_what_is_accepted_and_restores_the_threads():
+    before, told = lb.get_num_threads(), []
+    cases = [*TINY[:2], replace(TINY[0], threads=2), TINY[2]]
+    found = tuning.measure(cases, seconds=0.0, rounds=1, report=lambda *at: told.append(at))
+    assert lb.get_num_threads() == before
+    assert [(s.kernel, s.problem.threads) for s in found] == [
+        (tuning.FMA, 1),
+        (tuning.DOT, 1),
+        (tuning.FMA, 2),
+    ]
+    assert [s.problem.layout for s in found] == ["words16", "rows", "words16"]
+    assert all(0 < s.seconds < 10 for s in found)
+    assert told[-1] == (4, 4)
+
+
+def test_the_grid_has_every_kernel_and_runs_within_a_minute():
+    for threads in (1, 64):
+        chosen = tuning.cases(threads)
+        assert {case.kernel for case in chosen} == {
+            k.name for k in kernels.registered() if k.device == "cpu"
+        }
+        assert len(set(chosen)) == len(chosen)
+        assert {case.threads for case in chosen} == {1, threads}
+        assert len(chosen) * 3 * 0.05 < 40
+
+
+def test_tune_writes_what_explain_then_says(monkeypatch, tmp_path):
+    path = tmp_path / "t.json"
+    monkeypatch.setenv("LOWBIT_TUNING", str(path))
+    monkeypatch.setattr(tuning, "cases", lambda threads: TINY)
+    machine.use(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = call("bench", "--tune", "--quick")
+    assert done.exit_code == 0, done.output
+    assert f"written: {path}" in done.stdout
+    (kept,) = machine.read(path)
+    assert kept.key == (host().name, machine.processor(), lb.get_num_threads())
+    told = json.loads(call("explain", 1, 64, 64, "--weight", "int4_g32", "--json").stdout)
+    assert told["rates"] == "measured"
+    assert {each["kernel"]: each["source"] for each in told["verdicts"]} == {
+        v.kernel.name: None
+        if v.refusal
+        else "estimated"
+        if v.kernel.device == "any"
+        else "measured"
+        for v in judge(
+            Problem(1, 64, 64, "float32", lb.format("int4_g32"), device=f"cpu:{host().name}")
+        )
+    }
+    other = next(each.name for each in RECORDS if each.name != host().name)
+    elsewhere = call("explain", 1, 64, 64, "--weight", "int4_g32", "--device", f"cpu:{other}")
+    assert "(costs are estimated)" in elsewhere.stdout
+    again = json.loads(call("bench", "--tune", "--quick", "--json").stdout)
+    assert again["path"] == str(path)
+    assert set(again["rates"]) == set(NAMES)
+
+
+def test_tune_needs_a_place_to_write_to(monkeypatch):
+    monkeypatch.setattr(tuning, "cases", lambda threads: TINY)
+    done = call("bench", "--tune")
+    assert done.exit_code == 2
+    assert "nowhere to write to: LOWBIT_TUNING=off" in done.stderr
+
+
+def test_bench_measures_every_kernel_that_accepts():
+    options = (
+        "--quick --weights int4_g32,fp8_row --x float32,int8_row --rows 1,5 --shapes 48x64 --json"
+    )
+    done = call("bench", *options.split())
+    assert done.exit_code == 0, done.output
+    products = json.loads(done.stdout)["products"]
+    assert len(products) == 8
+    for each in products:
+        x = each["x"] if each["x"] in tuning.DENSE else lb.format(each["x"])
+        w = lb.quantize(np.ones((48, 64), np.float32), each["weight"]).prepare()
+        left = np.ones((each["m"], 64), np.float32)
+        left = left if isinstance(x, str) else lb.quantize(left, x)
+        why = lb.explain(left, w.T)
+        usable = {v.kernel.name: v.seconds for v in why.verdicts if not v.refusal}
+        del usable["reference"]
+        assert (each["n"], each["k"], each["kernel"]) == (48, 64, why.kernel)
+        assert each["prices"] == usable
+        assert set(each["seconds"]) == set(usable)
+        assert each["fastest"] == min(each["seconds"], key=each["seconds"].get)
+        assert each["regret"] == each["seconds"][why.kernel] / min(each["seconds"].values()) - 1
+
+
+def test_the_table_shows_where_another_kernel_was_faster():
+    good = benching.Outcome(
+        1, 48, 64, "float32", "int4_g32", "estimated", tuning.FMA,
+        {tuning.FMA: 1e-3, tuning.BF16: 0.97e-3}, {tuning.FMA: 1.1e-3, tuning.BF16: 2e-3},
+    )  # fmt: skip
+    bad = dataclasses.replace(good, m=4, seconds={tuning.FMA: 1.5e-3, tuning.BF16: 1e-3})
+    lines = benching.table([good, bad]).splitlines()
+    assert lines[1].split() == [
+        "float32",
+        "int4_g32",
+        "48",
+        "x",
+        "64",
+        "1",
+        "fma",
+        "1",
+        "ms",
+        "1.1",
+        "ms",
+        "+10%",
+    ]
+    assert lines[2].split()[-3:] == ["-27%", "bf16", "50%"]
+    assert lines[3] == (
+        f"2 products on {lb.get_num_threads()} threads, prices are estimated; at 1 another kernel "
+        "was more than 5% faster, by 50% at most"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weights", "int99"], "int99"),
+        (["--x", "int99"], "int99"),
+        (["--rows", "1,none"], "--rows: want numbers from 1 up"),
+        (["--rows", "0"], "--rows: want numbers from 1 up"),
+        (["--shapes", "64"], "--shapes: want NxK"),
+        (["--shapes", "0x64"], "--shapes: want NxK"),
+    ],
+)
+def test_bench_refuses_by_name(arguments, said):
+    done = call("bench", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("lowbit bench: ")
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+def test_doctor_says_whether_costs_are_measured(monkeypatch, tmp_path):
+    from lowbit.cli import diagnosis
+
+    def look(path):
+        monkeypatch.setenv("LOWBIT_TUNING", str(path))
+        (finding,) = diagnosis._tuning()
+        return finding
+
+    assert look("off").value == "LOWBIT_TUNING=off: costs are estimated"
+    path = written(tmp_path / "t.json", tuned())
+    assert look(path).value == f"costs are measured, in {path}"
+    path.write_text("{")
+    assert look(path).remedy == "lowbit bench --tune"
