@@ -102,9 +102,12 @@ class Case:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        element, m, n, k = self.spec.element, self.m, self.n, self.k
+        spec, element, m, n, k = self.spec, self.spec.element, self.m, self.n, self.k
         self.segments = -(-k // self.segment)
-        self.blocks = -(-self.segments // self.every)
+        # Scales that are folded into w's numbers change on their own.
+        self.width = spec.folded * gemm.granule(spec) if spec.folded else self.segment
+        self.groups = -(-k // self.width)
+        self.blocks = -(-self.groups // self.every)
         finite = [c for c, v in enumerate(element.values) if np.isfinite(v)]
         self.codes = rng.choice(np.array(finite, np.uint8), (n, k))
         grid = (-(-n // self.block_rows), self.blocks)
@@ -160,10 +163,10 @@ class Case:
         return self._stored(rng, "float32", grid)
 
     def spread(self, blocks: Array, kind: Element | str) -> Array:
-        """float32 [n, segments]."""
+        """float32 [n, groups]."""
         if isinstance(kind, Element):
             blocks = np.array(kind.values, np.float32)[blocks]
-        rows, columns = np.arange(self.n) // self.block_rows, np.arange(self.segments) // self.every
+        rows, columns = np.arange(self.n) // self.block_rows, np.arange(self.groups) // self.every
         return np.asarray(blocks, np.float32)[rows][:, columns]
 
     def values(self) -> Array:
@@ -173,7 +176,7 @@ class Case:
             element = narrowed(element)
         values = np.array(element.values, np.float32)[self.codes]
         if self.zeros is not None:
-            wide = self.spread(self.zeros, self.spec.zero or "").repeat(self.segment, 1)
+            wide = self.spread(self.zeros, self.spec.zero or "").repeat(self.width, 1)
             values = values - wide[:, : self.k]
         return np.asarray(values)
 
@@ -220,7 +223,7 @@ class Case:
     def exactly(self) -> tuple[Array, Array, int]:
         """float64 sums, those of all magnitudes, and how many roundings a term meets."""
         w = self.values().astype(float)
-        w *= self.spread(self.scales, self.spec.scale).repeat(self.segment, 1)[:, : self.k]
+        w *= self.spread(self.scales, self.spec.scale).repeat(self.width, 1)[:, : self.k]
         x = self.x.astype(float)
         if self.x_scales is not None:
             each = self.segment * min(self.x_every, self.segments)
