@@ -154,13 +154,20 @@ def _bisection(limits: Array, codes: Array, levels: int) -> Emit:
     padded[: len(limits)] = limits
 
     def emit(f: Function, y: Value) -> Value:
+        # A register of AVX-512 holds the middles of a level where the index points already;
+        # elsewhere the bits found so far count them.
+        spaced = f.module.isa.permute == "vpermps512" and levels <= 5
         index = constant(INT, 0)
         for level in range(levels):
             half = 2 ** (levels - 1 - level)
-            middle = look_up(f, padded[half - 1 :: 2 * half].tolist(), index)
-            index = f.add(index, index)
-            above = f.compare("ogt", y, middle)
-            index = f.select(above, f.add(index, 1), index)
+            middles = padded[half - 1 :: 2 * half]
+            if spaced and level:
+                middles = np.repeat(middles, 2 * half)
+            above = f.compare("ogt", y, look_up(f, middles.tolist(), index))
+            if not spaced:
+                index = f.add(index, index)
+            step = half if spaced else 1
+            index = f.select(above, f.add(index, step), index)
         if (codes == np.arange(len(codes))).all():
             return index
         return f.cast("fptosi", look_up(f, codes.tolist(), index), INT)
