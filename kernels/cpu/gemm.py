@@ -51,7 +51,7 @@ _TALLEST = {
     "decoded": (TALL, 256, 2**21),
     "direct": (TALL, 64, 2**21),
 }
-_NEAR = 3 << 19  # bytes of x that a tile works on
+_NEAR = 1 << 20  # bytes of x that a tile works on: half of the second level cache
 _LONGEST = 4096  # granules of packed words that a tile goes through at a time
 _COPIED = 256  # words of canonical rows that are brought into scratch at a time
 

@@ -23,6 +23,7 @@ SUMS = 4  # tiles
 STAGE = (1 + 4) * SUMS * TILE
 """Bytes of a segment's sums on their way to vectors, and of four steps of panels on theirs."""
 _X, _W = (4, 5), (6, 7)
+_UNROLLED = 4  # rows whose sums are scaled at a time
 # Steps between decoding a tile and loading it, which has to wait until its stores have retired.
 _EARLY = 2
 
@@ -167,20 +168,43 @@ class Tiles(Micro):
     def _scale(self, blocks: Blocks) -> None:
         """Scale a segment's sums and add them up, row by row."""
         f, v = self.function, self.values
-        rows: Value | int = self.values["rows"] if self.single else self.rows
-        with f.loop(0, rows) as row:
-            # Tiles of one panel lie apart, rows of one tile side by side.
-            block = f.op("lshr", row.index, 4)
-            place = f.add(f.mul(row.index, VECTOR), f.mul(block, (self.panels - 1) * TILE))
-            source = f.at(v["stage"], place)
-            g = [f.load(self.kind, f.at(source, p * TILE), 64) for p in range(self.panels)]
-            self._finish(
-                blocks,
-                f.at(v["x_scales"], f.mul(row.index, v["x_scales_stride"])),
-                f.at(v["x_sums"], f.mul(row.index, v["x_sums_stride"])),
-                f.at(v["sums"], f.mul(row.index, ROW)),
-                g,
+        for block in range(self.rows // TALL):
+            top = block * TALL
+            base = f.at(v["stage"], block * self.panels * TILE)
+            scales, sums = (
+                f.at(v[name], f.mul(v[f"{name}_stride"], top)) for name in ("x_scales", "x_sums")
             )
+            if self.single:
+                with f.loop(0, v["rows"]) as row:
+                    self._rows(blocks, base, scales, sums, row.index, 0, 1)
+                continue
+            with f.loop(0, TALL, _UNROLLED) as row:
+                self._rows(blocks, base, scales, sums, row.index, top, _UNROLLED)
+
+    def _rows(
+        self,
+        blocks: Blocks,
+        stage: Value,
+        x_scales: Value,
+        x_sums: Value,
+        first: Value,
+        top: int,
+        many: int,
+    ) -> None:
+        """Some rows of one tile, which lies `top` rows down."""
+        f, v = self.function, self.values
+        source = f.at(stage, f.mul(first, VECTOR))
+        target = f.at(v["sums"], f.mul(first, ROW))
+        scales = f.at(x_scales, f.mul(first, v["x_scales_stride"]))
+        sums = f.at(x_sums, f.mul(first, v["x_sums_stride"]))
+        for row in range(many):
+            g = [
+                f.load(self.kind, f.at(source, row * VECTOR + p * TILE), 64)
+                for p in range(self.panels)
+            ]
+            own = f.mul(v["x_scales_stride"], row), f.mul(v["x_sums_stride"], row)
+            place = f.at(target, (top + row) * ROW)
+            self._finish(blocks, f.at(scales, own[0]), f.at(sums, own[1]), place, g)
 
 
 def _bytes(stride: int) -> Value:
