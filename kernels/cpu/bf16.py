@@ -69,7 +69,7 @@ def _accepts(p: Problem) -> str | None:
         if farthest > 256:
             return f"{p.w.name} has differences up to {farthest:g}, bfloat16 whole numbers to 256"
     for value in p.w.element.values:
-        if math.isinf(value) or 0 < abs(value) < _SMALLEST:
+        if 0 < abs(value) < _SMALLEST:
             return f"{p.w.element.name} has {value:g}, which the instruction would lose"
     return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
 
@@ -83,16 +83,16 @@ def _refuse_x(p: Problem) -> str | None:
         return "sums of whole numbers have to be exact, float32 sums are not"
     if isinstance(p.x.zero, str) or narrowed(p.x.element) is not p.x.element:
         return f"the values of {p.x.name} are no bfloat16 numbers"
-    if any(math.isinf(v) or 0 < abs(v) < _SMALLEST for v in p.x.element.values):
+    if any(0 < abs(v) < _SMALLEST for v in p.x.element.values):
         return f"{p.x.element.name} has values which the instruction would lose"
     return None
 
 
 def _cost(p: Problem) -> float:
-    spec = _folded(p)
-    segment = operands.segment_of(p) if spec is None else p.k
-    spec = spec or _spec(p)
-    return costs.seconds(p, spec.inner, spec.method, segment)
+    spec, folded = _spec(p), _folded(p)
+    if folded is not None:
+        return costs.seconds(p, folded.inner, folded.method, p.k, folded=True)
+    return costs.seconds(p, spec.inner, spec.method, operands.segment_of(p))
 
 
 def _build(p: Problem) -> Bind:
