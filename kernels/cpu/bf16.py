@@ -64,10 +64,9 @@ def _accepts(p: Problem) -> str | None:
         return f"float zero points do not leave bfloat16 numbers, {p.w.name} has them"
     if p.w.zero is not None and not p.w.element.integral:
         return f"zero points are taken off whole numbers only, got {p.w.name}"
-    if isinstance(p.w.zero, Element):
-        farthest = max(p.w.element.max - p.w.zero.min, p.w.zero.max - p.w.element.min)
-        if farthest > 256:
-            return f"{p.w.name} has differences up to {farthest:g}, bfloat16 whole numbers to 256"
+    refusal = _refuse_differences(p.w)
+    if refusal is not None:
+        return refusal
     for value in p.w.element.values:
         if 0 < abs(value) < _SMALLEST:
             return f"{p.w.element.name} has {value:g}, which the instruction would lose"
@@ -85,7 +84,16 @@ def _refuse_x(p: Problem) -> str | None:
         return f"the values of {p.x.name} are no bfloat16 numbers"
     if any(0 < abs(v) < _SMALLEST for v in p.x.element.values):
         return f"{p.x.element.name} has values which the instruction would lose"
-    return None
+    return _refuse_differences(p.x)
+
+
+def _refuse_differences(fmt: Format) -> str | None:
+    if not isinstance(fmt.zero, Element):
+        return None
+    farthest = max(fmt.element.max - fmt.zero.min, fmt.zero.max - fmt.element.min)
+    if farthest <= 256:
+        return None
+    return f"{fmt.name} has differences up to {farthest:g}, bfloat16 whole numbers to 256"
 
 
 def _cost(p: Problem) -> float:
