@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from lowbit.formats import Element, Format
+from lowbit.formats.reference import Packed
+from lowbit.kernels import layouts
 from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import narrowed
-from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings, Run
+from lowbit.kernels.declare import Array, Bind, Kernel, Problem, Roundings, Run
+from lowbit.kernels.words16 import Words16
 
 _SMALLEST = 2.0**-126  # below it the instructions see zero
 _FOLDED = 64  # columns: scales of shorter groups are multiplied into w's numbers
@@ -112,10 +115,18 @@ def _build(p: Problem) -> Bind:
     lowest, highest = _range(p.w)
 
     def bind(w: Any) -> Run:
-        inside = lowest <= w.scales.min() and w.scales.max() <= highest
+        scales = _scales(w)
+        inside = lowest <= scales.min() and scales.max() <= highest
         return (folded if inside else scaled)(w)
 
     return bind
+
+
+def _scales(w: Packed | Words16) -> Array:
+    """Those of rows that there are; of missing rows a panel holds zero bytes."""
+    if isinstance(w, Words16) and w.format.scale.block[0] == 1:
+        return layouts.unpanel16(w.scales, w.shape[-2])
+    return w.scales
 
 
 def _folded(p: Problem) -> Spec | None:
