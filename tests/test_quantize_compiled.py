@@ -217,6 +217,24 @@ def test_narrow_numbers_on_every_instruction_set(isa: Isa) -> None:
             check(lb.format(name), narrowed(x, dtype), [isa])
 
 
+WIDE = ("int4_g16", "int4_g32", "int8_g64", "nf4_g128", "uint4_g32_asym", "mxfp4", "int3_g256_f16")
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_rows_of_many_blocks(name: str) -> None:
+    """Sixteen whole blocks are looked at together."""
+    fmt = lb.format(name)
+    x = np.random.default_rng(13).standard_t(3, (3, 9100)).astype(np.float32)
+    for dtype in DTYPES:
+        narrow = narrowed(x, dtype)
+        check(fmt, narrow)
+        for at in ((0, 0), (1, 4097), (2, 9099), (2, 8191)):
+            for value in (np.nan, np.inf, -np.inf):
+                bad = narrow.copy()
+                bad[at] = value
+                assert compiled.quantize(fmt, bad) is None
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_drawn_formats_shapes_and_memory(data: st.DataObject) -> None:

@@ -14,6 +14,7 @@ from lowbit.kernels.cpu.encode_lanes import (
     load_numbers,
     prefetch,
     store_lanes,
+    widened,
 )
 from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.quantize_rule import raise_flag
@@ -86,6 +87,25 @@ def extremes(spec: Spec, module: Module) -> Function:
 
         return _of_sixteen(f, [do for do, _ in folds], lanes)
 
+    def whole_group_of_halves(group: Value) -> list[Value]:
+        """The same for magnitudes of 16 bits, which have the order of their patterns."""
+        base = f.at(x, f.mul(f.mul(group, spec.vectors * LANES), size))
+        wide = f"<{2 * LANES} x i16>"
+
+        def lanes(number: int) -> list[Value]:
+            at = f.at(base, number * spec.vectors * LANES * size)
+            held = constant(wide, 0)
+            for i in range(spec.vectors // 2):
+                place = f.at(at, 2 * LANES * size * i)
+                prefetch(f, f.at(place, ahead), near=False)
+                part = f.op("and", f.load(wide, place, 1), 0x7FFF)
+                held = f.call("llvm.umax.v32i16", wide, held, part)
+            pairs = f.bits(held, INT)
+            return [_larger(f, f.op("and", pairs, 0xFFFF), f.op("lshr", pairs, 16))]
+
+        most = _of_sixteen(f, [_larger], lanes)[0]
+        return [f.bits(widened(f, spec.dtype, f.cast("trunc", most, f"<{LANES} x i16>")), INT)]
+
     def any_group(group: Value) -> list[Value]:
         left = f.least(f.op("sub", f.over(columns, block), group), LANES)
         with f.loop(0, left) as loop:
@@ -105,6 +125,7 @@ def extremes(spec: Spec, module: Module) -> Function:
 
         return _of_sixteen(f, [do for do, _ in folds], lanes)
 
+    halves = size == 2 and not spec.signed and spec.vectors % 2 == 0
     blocks = f.over(columns, block)
     with f.loop(0, blocks, LANES) as loop:
         group = loop.index
@@ -112,7 +133,7 @@ def extremes(spec: Spec, module: Module) -> Function:
             end = f.mul(f.add(group, LANES), spec.vectors * LANES)
             found = f.either(
                 f.compare("sle", end, columns),
-                lambda: whole_group(group),
+                lambda: whole_group_of_halves(group) if halves else whole_group(group),
                 lambda: any_group(group),
             )
         else:
