@@ -3,6 +3,7 @@
 if __name__ != "lowbit.kernels":
     raise ImportError("this folder is lowbit.kernels; run Python with -P, or from another folder")
 
+import math
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 _USUAL = 64  # rows that batch-invariant kernels are chosen for
+_USUAL_THREADS = 4  # that kernels are compared on
 
 
 @cache
@@ -34,10 +36,15 @@ def registered() -> tuple[Kernel, ...]:
 
 
 def judge(problem: Problem) -> list[Verdict]:
-    """One verdict for every kernel: the usable first, the cheapest first."""
+    """One verdict for every kernel: the usable first, the cheapest first.
+
+    Kernels are compared by their prices on four threads, whatever the number: bits never depend
+    on that, so neither may the choice.
+    """
     verdicts = []
     # Where bits must not depend on m, neither may the choice.
     asked = replace(problem, m=_USUAL) if problem.batch_invariant else problem
+    compared = replace(asked, threads=_USUAL_THREADS)
     for kernel in registered():
         backend = problem.device.partition(":")[0]
         if kernel.device not in (backend, "any"):
@@ -46,8 +53,11 @@ def judge(problem: Problem) -> list[Verdict]:
             refusal = f"reads {' or '.join(kernel.layouts)}, w is held as {problem.layout}"
         else:
             refusal = kernel.accepts(problem)
-        verdicts.append(Verdict(kernel, refusal, None if refusal else kernel.cost(asked)))
-    return sorted(verdicts, key=lambda v: (v.seconds is None, v.seconds or 0.0, v.kernel.name))
+        seconds, order = None, math.inf
+        if refusal is None:
+            seconds, order = kernel.cost(asked), kernel.cost(compared)
+        verdicts.append((order, kernel.name, Verdict(kernel, refusal, seconds)))
+    return [verdict for *_, verdict in sorted(verdicts, key=lambda found: found[:2])]
 
 
 def choose(problem: Problem, name: str | None = None) -> Verdict:

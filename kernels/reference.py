@@ -83,7 +83,7 @@ KERNELS = (
         "any",
         accepts=lambda p: None,
         # On one core of a Granite Rapids server, whatever the number of threads.
-        cost=lambda p: 70e-6 + 0.2e-9 * p.m * p.n * p.k + 10e-9 * (p.m + p.n) * p.k,
+        cost=lambda p: 70e-6 + 0.4e-9 * p.m * p.n * p.k + 10e-9 * (p.m + p.n) * p.k,
         build=_build,
         # Up to four roundings make each operand's value; then product, sums, alpha and bias.
         roundings=lambda p: Roundings(

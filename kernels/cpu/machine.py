@@ -134,10 +134,10 @@ def nominal(name: str) -> Rates:
         bfloat_integer=lanes / 2.5,
         bfloat_table=lanes / 2.75,
         byte_narrow=lanes,
-        # Without the instruction, a fused multiply-add takes a dozen others.
-        fma=reached if isa.needs else reached / 12,
+        # Without the instruction, a fused multiply-add takes a score of others.
+        fma=reached if isa.needs else reached / 20,
         bf16=0.9 * lanes * (1 if isa.amx else 2),
-        dot=reached * products.get(isa.dot, 0.5),
+        dot=reached * products.get(isa.dot, 0.4),
         bf16_tiles=lanes * 11,
         dot_tiles=lanes * 24,
         scale=lanes / 3,
