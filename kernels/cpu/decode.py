@@ -82,7 +82,28 @@ def _by_integer(element: Element, module: Module) -> Decoder | None:
     found = consecutive(element)
     if found is None:
         return None
-    return Decoder("integer", element.bits, _integer(element.bits, *found))
+    signed, step = found
+    emit = _integer(element.bits, signed, step)
+    if module.isa.permute == "vpermps512" and step == 1:
+        emit = _by_magic(element.bits, signed)
+    return Decoder("integer", element.bits, emit)
+
+
+def _by_magic(bits: int, signed: bool) -> Emit:
+    """Below 2**23 + 2**bits a float32 ends in its whole number.
+
+    With a mask and a flip in one instruction (vpternlog) that takes one shift, where extending
+    the sign takes two: a core has one port for them, and two for everything else.
+    """
+    half = 2 ** (bits - 1) if signed else 0
+    magic = 0x4B000000  # 2**23
+
+    def emit(f: Function, lanes: Value, shift: int) -> Value:
+        lowered = f.op("lshr", lanes, shift) if shift else lanes
+        code = f.op("and", lowered, 2**bits - 1)
+        return f.op("fsub", f.bits(f.op("xor", code, magic | half), FLOAT), 2.0**23 + half)
+
+    return emit
 
 
 def _integer(bits: int, signed: bool, step: float) -> Emit:
