@@ -298,8 +298,13 @@ class Case:
             return self.spec
         steps = Steps(self.spec, isa)
         units = Units.of(self.spec, steps, self.segment, self.k)
-        assert not units.padded, "one tile of rows takes whole tiles of columns"
+        assert self.m <= 16, "one tile has sixteen rows"
+        assert not units.padded, "and takes whole tiles of columns"
         return replace(self.spec, tile=units.each * steps.count)
+
+    def padded(self) -> bool:
+        """Tiles of this case are not full, which "single" does not take."""
+        return Units.of(self.spec, Steps(self.spec, runnable()[0]), self.segment, self.k).padded
 
     def check(self, isas: list[Isa] | None = None) -> None:
         """Bit for bit, where the order of the sum is known; else within its bound."""
