@@ -181,10 +181,11 @@ def _roundings(p: Problem) -> Roundings:
     largest = max(abs(p.w.element.max), abs(p.w.element.min), 1.0)
     if p.w.zero is not None:
         largest += 256
+    order = "pairs of bfloat16 in the instruction's order, then segments ascending by fma"
     return Roundings(
         "float32",
         count + operands.FINAL_ROUNDINGS,
-        "pairs of bfloat16 in the instruction's order, then segments ascending by fma",
+        order if exact else f"values rounded to bfloat16, then {order}",
         ACTIVATION_ERROR[p.activation],
         weight=0.0 if exact else 2.0**-8,
         flushed=_SMALLEST * largest,
