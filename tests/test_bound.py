@@ -10,14 +10,22 @@ import pytest
 
 import lowbit as lb
 from lowbit import kernels
-from lowbit.kernels.cpu import fma
 from lowbit.kernels.declare import ACTIVATIONS
 from lowbit.kernels.reference import ACTIVATION_ERROR, activate
-from lowbit.testing import assert_within_bound, bounds, error_bound, exact, gamma, random_qarray
+from lowbit.testing import (
+    assert_within_bound,
+    bounds,
+    conformance,
+    error_bound,
+    exact,
+    gamma,
+    random_qarray,
+)
 from lowbit.testing.conformance import single
 
 U = 2.0**-24
-FMA, DOT = "matmul.cpu.fma", "matmul.cpu.dot"
+FMA, BF16, DOT = "matmul.cpu.fma", "matmul.cpu.bf16", "matmul.cpu.dot"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def ones(n, k, fmt="int8_row", scale=1.0):
@@ -54,12 +62,48 @@ def test_fewer_roundings_than_are_made_do_not_cover_the_worst_sum(monkeypatch):
     x, w = vanishing(100), ones(1, 100)
     result = lb.matmul(x, w.T, kernel=FMA)
     assert_within_bound(result, x, w.T, kernel=FMA)
-    honest = next(k for k in kernels.registered() if k.name == FMA)
-    modest = replace(honest, roundings=lambda p: replace(fma.KERNELS[0].roundings(p), count=90))
-    rest = tuple(k for k in kernels.registered() if k.name != FMA)
-    monkeypatch.setattr(kernels, "registered", lambda: (*rest, modest))
+    promise(monkeypatch, FMA, count=90)
     with pytest.raises(AssertionError, match="1 of 1 entries are outside of the bound"):
         assert_within_bound(result, x, w.T, kernel=FMA)
+
+
+def promise(monkeypatch, name, **less):
+    """Let a kernel promise less roundings than it makes."""
+    honest = next(k for k in kernels.registered() if k.name == name)
+    modest = replace(honest, roundings=lambda p: replace(honest.roundings(p), **less))
+    rest = tuple(k for k in kernels.registered() if k.name != name)
+    monkeypatch.setattr(kernels, "registered", lambda: (*rest, modest))
+
+
+@pytest.fixture
+def pairs():
+    """Asks whether the kernel of bfloat16 pairs is of use here."""
+    if conformance.refusal(BF16, np.ones((1, 8), BFLOAT16), ones(1, 8)) is not None:
+        pytest.skip("this machine does not multiply bfloat16")
+
+
+def test_values_that_are_rounded_first_are_counted(pairs, monkeypatch):
+    element = lb.format("nf4").element
+    lost = [abs(1 - float(BFLOAT16.type(v)) / v) if v else 0.0 for v in element.values]
+    codes = np.full((1, 32), np.argmax(lost) * 0x11, np.uint8)  # two codes a byte
+    w = lb.from_parts("nf4", codes, np.ones((1, 1), np.float32), shape=(1, 64))
+    x = np.ones((1, 64), BFLOAT16)
+    result = lb.matmul(x, w.T, kernel=BF16)
+    share = assert_within_bound(result, x, w.T, kernel=BF16)
+    assert share > 0.9 * max(lost) / 2.0**-8
+    promise(monkeypatch, BF16, weight=0.0)
+    with pytest.raises(AssertionError, match="1 of 1 entries are outside of the bound"):
+        assert_within_bound(result, x, w.T, kernel=BF16)
+
+
+def test_numbers_that_are_taken_for_zero_are_counted(pairs, monkeypatch):
+    x, w = np.full((1, 64), 2.0**-127, BFLOAT16), ones(1, 64)
+    result = lb.matmul(x, w.T, kernel=BF16)
+    assert result == 0
+    assert_within_bound(result, x, w.T, kernel=BF16)
+    promise(monkeypatch, BF16, flushed=0.0)
+    with pytest.raises(AssertionError, match="1 of 1 entries are outside of the bound"):
+        assert_within_bound(result, x, w.T, kernel=BF16)
 
 
 @pytest.mark.parametrize(
