@@ -265,6 +265,15 @@ def test_any_memory(name: str, kind: str) -> None:
         check(lb.format(name), in_memory(narrowed(x, dtype), kind), ISAS[:1])
 
 
+@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "int8_tensor", "fp8_8x32"])
+def test_rows_in_any_order(name: str) -> None:
+    """Backwards, with gaps, or one row many times: read where they are."""
+    x = np.random.default_rng(14).standard_normal((64, 300)).astype(np.float32)
+    once = np.broadcast_to(x[:1], (64, 300))
+    for rows in (x[::-1], x[::3, 5:250], once, np.broadcast_to(x, (3, 64, 300)), x[:, None][::-1]):
+        check(lb.format(name), rows, ISAS[:1])
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_magnitude(name: str) -> None:
     """Subnormal and huge rows, zeros of both signs, columns of one number; refusals are equal."""
