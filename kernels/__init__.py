@@ -38,8 +38,8 @@ def registered() -> tuple[Kernel, ...]:
 def judge(problem: Problem) -> list[Verdict]:
     """One verdict for every kernel: the usable first, the cheapest first.
 
-    Kernels are compared by their prices on four threads, whatever the number: bits never depend
-    on that, so neither may the choice.
+    Kernels are compared by their prices on four threads, and with w in the layout that each likes
+    best: bits depend neither on the number of threads nor on the layout, so the choice must not.
     """
     verdicts = []
     # Where bits must not depend on m, neither may the choice.
@@ -55,7 +55,8 @@ def judge(problem: Problem) -> list[Verdict]:
             refusal = kernel.accepts(problem)
         seconds, order = None, math.inf
         if refusal is None:
-            seconds, order = kernel.cost(asked), kernel.cost(compared)
+            seconds = kernel.cost(asked)
+            order = kernel.cost(replace(compared, layout=kernel.layouts[-1]))
         verdicts.append((order, kernel.name, Verdict(kernel, refusal, seconds)))
     return [verdict for *_, verdict in sorted(verdicts, key=lambda found: found[:2])]
 
