@@ -33,7 +33,7 @@ Report = Callable[[int, int], object]
 
 _NAMES = tuple(each.name for each in fields(Rates))
 _OFF = 0.1  # relative distance from which a time counts less and less: it was disturbed
-_TRUST = 0.03  # that a rate has its nominal value, against a measured time that says it has not
+_TRUST = 0.05  # that a rate has its nominal value, against a measured time that says it has not
 _FARTHEST = np.log(30.0)  # from nominal values
 _LONGEST = 5e-3  # seconds of a call, by the nominal rates: long calls are always disturbed
 _ROTATED = 128 << 20  # bytes of weights that calls go through, and how many weights at most
@@ -73,7 +73,7 @@ def cases(threads: int) -> list[Case]:
     """
     own = {FMA: "float32", BF16: "bfloat16", DOT: "int8_row"}
     found = []
-    for weight in ("int4_g128", "int8_row", "fp8_row", "nf4_g64", "mxfp4", "int3_g128"):
+    for weight in ("int4_g128", "int8_row", "fp8_row", "nf4_g64", "mxfp4"):
         for kernel, x in own.items():
             if kernel != DOT or weight.startswith("int"):
                 found += [Case(m, 512, 4096, weight, x, kernel) for m in (1, 2, 4, 16, 64)]
@@ -148,17 +148,18 @@ class Timer:
         self._plans, self._x, self._next = weights.plans(m, x, kernel), weights.x(m, x), 0
         self._plans[0](self._x)
 
-    def spend(self, seconds: float, least: int = 2) -> None:
-        """Call for some time."""
+    def spend(self, seconds: float) -> None:
+        """Call for some time, once at least."""
         stop = time.perf_counter() + seconds
-        count = 0
-        while count < least or time.perf_counter() < stop:
+        more = True
+        while more:
             plan = self._plans[self._next % len(self._plans)]
             self._next += 1
             start = time.perf_counter()
             plan(self._x)
-            self.seconds = min(self.seconds, time.perf_counter() - start)
-            count += 1
+            now = time.perf_counter()
+            self.seconds = min(self.seconds, now - start)
+            more = now < stop
 
 
 @contextlib.contextmanager
@@ -175,8 +176,8 @@ def threads_set(threads: int) -> Iterator[None]:
 def measure(
     chosen: Iterable[Case],
     *,
-    seconds: float = 0.05,
-    rounds: int = 3,
+    seconds: float = 0.015,
+    rounds: int = 10,
     report: Report = lambda done, of: None,
 ) -> list[Sample]:
     """Time products, those of one weight in turn.
@@ -188,7 +189,7 @@ def measure(
     seconds : float
         Of calls, for each product and round.
     rounds : int
-        Turns, so that a product has a chance when another one was disturbed.
+        Turns, so that a product has another chance where it was disturbed for a while.
     report : callable
         Learns how many products are done.
     """
@@ -234,12 +235,11 @@ def fit(samples: Iterable[Sample], name: str, start: Rates | None = None) -> Rat
     first = np.log([getattr(start or machine.nominal(name), each) for each in _NAMES])
     measured = np.log([sample.seconds for sample in chosen])
     before = machine.use(())
-    known = {kernel.name: kernel for kernel in kernels.registered()}
 
     def distances(logarithms: Array) -> Array:
         machine.use((_tuned(name, 1, Rates(*np.exp(logarithms).tolist())),))
-        prices = [known[s.kernel].cost(s.problem) for s in chosen]
-        return np.concatenate([np.log(prices) - measured, _TRUST * (logarithms - first)])
+        off = np.log(_prices(chosen)) - measured
+        return np.concatenate([off, _TRUST * (logarithms - first)])
 
     def loss(found: Array) -> float:
         far = np.abs(found)
@@ -277,17 +277,32 @@ def _tuned(name: str, threads: int, rates: Rates) -> Tuning:
     return Tuning(name, machine.processor(), threads, machine.version(), now, rates)
 
 
-def tune(*, quick: bool = False, report: Report = lambda done, of: None) -> Tuning:
-    """Measure this machine, and fit its rates; nothing is written and nothing used."""
-    threads = lowbit.get_num_threads()
-    seconds, rounds = (0.01, 2) if quick else (0.05, 3)
-    name = isa.host().name
+def tune(*, quick: bool = False, report: Report = lambda done, of: None) -> tuple[Tuning, float]:
+    """Measure this machine, and fit its rates; nothing is written and nothing used.
+
+    Returns
+    -------
+    Tuning
+    float
+        Relative distance between price and time that half of the products are within.
+    """
+    threads, name = lowbit.get_num_threads(), isa.host().name
+    pace = {"rounds": 2} if quick else {}
     before = machine.use(())
     try:
-        samples = measure(cases(threads), seconds=seconds, rounds=rounds, report=report)
-        return _tuned(name, threads, fit(samples, name))
+        samples = measure(cases(threads), **pace, report=report)
+        found = _tuned(name, threads, fit(samples, name))
+        machine.use((found,))
+        off = np.abs(np.log(_prices(samples)) - np.log([each.seconds for each in samples]))
+        return found, float(np.expm1(np.median(off)))
     finally:
         machine.use(before)
+
+
+def _prices(samples: Iterable[Sample]) -> list[float]:
+    """By the rates in use."""
+    known = {kernel.name: kernel for kernel in kernels.registered()}
+    return [known[each.kernel].cost(each.problem) for each in samples]
 
 
 def write(tuning: Tuning, path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -92,14 +93,62 @@ def test_more_never_costs_less(case, axis, more):
     assert 0 < before <= costs.seconds(larger, inner, method, segment) * (1 + 1e-12)
 
 
+def beside(*work):
+    """Of which nothing is hidden but by the longest."""
+    return sum(each**4 for each in work) ** 0.25
+
+
 def test_a_price_is_the_work_over_the_rates():
-    """By hand: 64 rows, 512 columns of int4_g128, float32, one thread, of which nothing is fast."""
-    stated = replace(problem(n=512, m=64), threads=1)
+    """By hand: 64 rows and 512 columns of int4_g128 on one thread."""
+    stated = replace(problem(n=512), threads=1)
+    rates = machine.nominal("avx512bf16")
+    moving = 1 / (rates.read_one**-4 + rates.read_all**-4) ** -0.25
+    results, numbers, scales = 64 * 512, 64 * 4096, 64 * 32 / rates.scale
+    kinds = {
+        "fma": (("float32",), rates.fma, rates.float_narrow, 1, 0),
+        "bf16": (("bfloat16",), rates.bf16, rates.bfloat_narrow, 2, 2),
+        "dot": ((lb.format("int8_row"),), rates.dot, rates.byte_narrow, 3, 1),
+    }
+    for kind, ((x,), products, codes, calls, size) in kinds.items():
+        asked = replace(stated, x=x, device="cpu:avx512bf16")
+        computing = 512 * (4096 / codes + numbers / products + scales)
+        expected = beside(asked.bytes * moving, computing) + results / rates.finish
+        expected += calls * rates.call + size * numbers / rates.arrange
+        assert price(asked, f"matmul.cpu.{kind}") == pytest.approx(expected, rel=1e-9), kind
+
+
+def test_codes_are_decoded_again_for_every_four_rows_in_registers():
+    stated = replace(problem(x="bfloat16", w=lb.format("fp8_row")), threads=1)
     rates = machine.nominal("avx512vnni")
-    computing = 512 * (4096 / rates.float_narrow + 64 * (4096 / rates.fma + 32 / rates.scale))
-    moving = stated.bytes / (rates.read_one**-4 + rates.read_all**-4) ** -0.25
-    expected = rates.call + (computing**4 + moving**4) ** 0.25 + 64 * 512 / rates.finish
-    assert price(stated, "matmul.cpu.fma") == pytest.approx(expected, rel=1e-12)
+    slow = replace(rates, float_table=1e8, fma=1e15, read_one=1e15, read_all=1e15)
+    machine.use((tuned(slow, isa="avx512vnni"),))
+    codes = stated.n * stated.k / slow.float_table
+    for method, passes in (("direct", 16), ("decoded", 1)):
+        found = costs.seconds(stated, "fma", method, stated.k)
+        assert found == pytest.approx(passes * codes, rel=0.01)
+
+
+def test_scales_that_are_multiplied_in_while_decoding_cost_a_longer_look_up():
+    stated = replace(problem(m=16, w=lb.format("mxfp4"), x="bfloat16"), device="cpu:amx", threads=1)
+    wide = replace(stated, w=lb.format("fp8_row"))
+    rates = replace(machine.nominal("amx"), read_one=1e15, read_all=1e15)
+    machine.use((tuned(rates, isa="amx"),))
+    folded = costs.seconds(stated, "bf16", "tiles", stated.k, folded=True)
+    assert folded == pytest.approx(costs.seconds(wide, "bf16", "tiles", stated.k))
+    assert folded > 1.1 * costs.seconds(stated, "bf16", "tiles", stated.k)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"activation": "gelu"},
+        {"w": lb.format("int4_g128_bias_bf16")},
+        {"x": lb.format("uint8_row_asym")},
+    ],
+)
+def test_what_comes_on_top_is_paid_for(more):
+    stated = replace(problem(n=64, k=64, x=lb.format("fp8_row")), threads=1)
+    assert price(replace(stated, **more), "matmul.cpu.fma") > 1.02 * price(stated, "matmul.cpu.fma")
 
 
 def test_tiles_of_sixteen_rows_cost_as_much_for_one():
@@ -460,7 +509,7 @@ def test_the_fit_finds_planted_rates(isa, seed):
     found = tuning.fit(timed, isa)
     assert machine.tunings() == ()  # as it was before
     for name in SHOWN[isa]:
-        assert getattr(found, name) == pytest.approx(getattr(planted, name), rel=0.06), name
+        assert getattr(found, name) == pytest.approx(getattr(planted, name), rel=0.1), name
     machine.use((tuned(found, isa=isa),))
     prices = np.array([price(s.problem, s.kernel) for s in timed])
     assert np.abs(np.log(prices / [s.seconds for s in timed])).max() < 0.02
@@ -513,6 +562,49 @@ def test_measuring_takes_what_is_accepted_and_restores_the_threads():
     assert told[-1] == (4, 4)
 
 
+def test_products_that_take_long_are_left_out():
+    case = replace(TINY[1], m=64)
+    assert len(tuning.measure([case], seconds=0.0, rounds=1)) == 1
+    machine.use((tuned(replace(machine.nominal(host().name), call=1.0)),))
+    assert tuning.measure([case], seconds=0.0, rounds=1) == []
+
+
+def test_weights_are_taken_in_turn(monkeypatch):
+    monkeypatch.setattr(tuning, "_ROTATED", 10_000)
+    weights = tuning.Weights("int8_row", 48, 64)
+    assert len(weights.copies) == 10_000 // weights.copies[0].nbytes == 3
+    timer = tuning.Timer(weights, 1, "float32", tuning.FMA)
+    used = []
+    timer._plans = [lambda x, n=n: used.append(n) for n in range(3)]  # type: ignore[misc]
+    for _ in range(5):
+        timer.spend(0.0)
+    assert used == [0, 1, 2, 0, 1]
+    monkeypatch.setattr(tuning, "_ROTATED", 1 << 30)
+    assert len(tuning.Weights("int8_row", 48, 64).copies) == 64
+    monkeypatch.setattr(tuning, "_ROTATED", 1)
+    assert len(tuning.Weights("int8_row", 48, 64).copies) == 1
+
+
+@pytest.mark.parametrize(("late", "spent"), [(True, 30), (False, 10)])
+def test_a_choice_that_was_late_is_timed_for_longer(monkeypatch, late, spent):
+    """The chosen kernel takes two seconds, another one one or three."""
+    spends = []
+
+    class Fake:
+        def __init__(self, weights, m, x, kernel):
+            self.kernel = kernel
+            self.seconds = 2.0 if kernel == tuning.DOT else 1.0 if late else 3.0
+
+        def spend(self, seconds):
+            spends.append(self.kernel)
+
+    monkeypatch.setattr(tuning, "Timer", Fake)
+    (found,) = benching.outcomes(("int4_row",), ("int8_row",), (1,), ((48, 64),), 10)
+    assert found is not None
+    assert spends == [tuning.DOT, tuning.FMA] * spent
+    assert found.regret == (1.0 if late else 0.0)
+
+
 def test_the_grid_has_every_kernel_and_runs_within_a_minute():
     for threads in (1, 64):
         chosen = tuning.cases(threads)
@@ -521,7 +613,7 @@ def test_the_grid_has_every_kernel_and_runs_within_a_minute():
         }
         assert len(set(chosen)) == len(chosen)
         assert {case.threads for case in chosen} == {1, threads}
-        assert len(chosen) * 3 * 0.05 < 40
+        assert len(chosen) * 10 * 0.015 < 40
 
 
 def test_tune_writes_what_explain_then_says(monkeypatch, tmp_path):
@@ -534,6 +626,7 @@ def test_tune_writes_what_explain_then_says(monkeypatch, tmp_path):
         done = call("bench", "--tune", "--quick")
     assert done.exit_code == 0, done.output
     assert f"written: {path}" in done.stdout
+    assert re.search(r"half of the timed products are within \d+% of their price", done.stdout)
     (kept,) = machine.read(path)
     assert kept.key == (host().name, machine.processor(), lb.get_num_threads())
     told = json.loads(call("explain", 1, 64, 64, "--weight", "int4_g32", "--json").stdout)
