@@ -519,7 +519,14 @@ def test_elsewhere_tiles_run_one_after_the_other(monkeypatch):
 
 def test_addresses_are_those_of_numpy(monkeypatch):
     memory = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
-    for array in (memory, memory[1:, ::-2], memory.T, memory[:0], np.ones(1, np.float32), np.empty(0)):
+    for array in (
+        memory,
+        memory[1:, ::-2],
+        memory.T,
+        memory[:0],
+        np.ones(1, np.float32),
+        np.empty(0),
+    ):
         assert pool.address(array) == array.__array_interface__["data"][0]
     assert pool.address is pool._choose_address()
     monkeypatch.setattr(pool, "_address", lambda array: 8)
