@@ -22,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from lowbit.formats.declare import Element
+from lowbit.kernels import layouts
 from lowbit.kernels.cpu import native, pool, program
 from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.isa import RECORDS, Isa
@@ -180,7 +181,7 @@ class Gemm:
         places.take("work_at", block if spec.scale_layout == "rows" else 0)
         unrolled = units.stretch * units.each * steps.count * ROW
         places.take("operands_at", unrolled if spec.method in _DECODED else 0)
-        block = _BLOCK.pack(
+        argument = _BLOCK.pack(
             m, n, units.total, units.segment, units.stretch, units.span, units.granules,
             units.segment_granules, units.each, units.each * steps.count,
             int(steps.plain and not units.padded), tall, columns,
@@ -191,15 +192,15 @@ class Gemm:
             *places.found, words,
             0.0,
         )  # fmt: skip
-        block += configuration(units.each * steps.count, min(m, TALL)) if tiles else b""
+        argument += configuration(units.each * steps.count, min(m, TALL)) if tiles else b""
         return Bound(
             self.entry,
             columns * -(-m // tall) if m > 0 and n > 0 else 0,
             places.end,
             threads,
             x_block_segments,
-            block,
-            ctypes.c_char * len(block),
+            argument,
+            ctypes.c_char * len(argument),
         )
 
     def __call__(self, **arguments: Any) -> None:
@@ -293,11 +294,16 @@ class Units:
         granules = -(-k // steps.codes)
         own = max(1, -(-min(segment, k) // steps.codes))
         each, many = 1, own
-        if spec.tiled:
-            most = _TILE_STEPS // steps.count
-            many = -(-own // most)
-            each = -(-own // many)
         segments = -(-granules // own)
+        if spec.tiled:
+            # Odd widths of canonical rows are cut where their planes would be: a tile adds up its
+            # pairs before it meets the sum, so other tiles would give other bits.
+            whole = layouts.granule(spec.element.bits) // steps.codes
+            if segments > 1 and own % whole:
+                whole = 1
+            wide = -(-own // whole)
+            many = -(-wide // (_TILE_STEPS // (steps.count * whole)))
+            each = -(-wide // many) * whole
         final = granules - (segments - 1) * own
         total = (segments - 1) * many + -(-final // each) if granules else 0
         stretch = span = max(1, min(_limit(spec, steps, m, scaled=segments > 1) // each, total))
