@@ -93,7 +93,7 @@ def result_shape(dense: tuple[int, ...], weight: tuple[int, ...], left: bool) ->
 
 def result_dtype(dense: str, weight: QArray, out_dtype: str | None) -> str:
     """Name of the product's dtype."""
-    from lowbit.products import promoted
+    from lowbit.dispatch import promoted
 
     if out_dtype is not None:
         return checks.float_dtype(out_dtype, "out_dtype").name

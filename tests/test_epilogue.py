@@ -16,6 +16,7 @@ from lowbit.formats.declare import integer
 from lowbit.kernels.cpu import gemm
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.isa import Isa, runnable
+from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.reference import activate
 
 Array = npt.NDArray[Any]
@@ -29,7 +30,7 @@ def finished(
     n = len(v)
     if residual is not None:
         spec["residual"] = residual.dtype.name
-    build = gemm.build(gemm.Spec("fma", integer(8), **spec), isa)
+    build = gemm.build(Spec("fma", integer(8), **spec), isa)
     codes, scale, x = np.zeros((n, 1), np.uint8), np.ones(1, np.float32), np.ones(4, np.float32)
     x[1:] = 0
     out = np.full(n + 8, -77, DTYPES.get(spec.get("out", "float32"), np.float32))

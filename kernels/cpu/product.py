@@ -12,7 +12,8 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import arrange, gemm, operands
 from lowbit.kernels.cpu.arrange import Arrangement
 from lowbit.kernels.cpu.micro import wants_x_sums
-from lowbit.kernels.cpu.operands import FLOAT32, address
+from lowbit.kernels.cpu.operands import FLOAT32
+from lowbit.kernels.cpu.pool import address
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.tiles import TALL
 from lowbit.kernels.declare import NOT_FINITE, Array, Bind, Epilogue, Problem
@@ -146,14 +147,14 @@ class _Left:
         out = np.empty(self.rows * self.stride + arrange.CHUNK, np.uint8)
         base = -(-address(out) // arrange.CHUNK) * arrange.CHUNK
         held: list[Any] = [rows, out]
-        scales = sums = flag = 0
+        scales = sums = 0
+        mark: Array | None = None
         arguments = {"x": base, "x_stride": self.stride}
         if self.dense is not None:
             made = np.empty((self.rows, self.blocks), FLOAT32)
             scales = address(made)
             arguments |= {"x_scales": scales, "x_scales_stride": self.blocks}
             mark = np.zeros(1, np.int64)
-            flag = address(mark)
             held += [made, mark]
         if self.summed:
             added = np.empty((self.rows, self.segments), np.int32)
@@ -181,12 +182,12 @@ class _Left:
                 sums=sums,
                 sums_stride=self.segments,
                 factor=self.factor,
-                flag=flag,
+                flag=0 if mark is None else address(mark),
                 natural_at=0,
                 largest=self.largest,
             ),
         )
-        if flag and mark[0]:
+        if mark is not None and mark[0]:
             return None
         return arguments, held
 

@@ -12,24 +12,16 @@ def unroller(spec: Spec, module: Module) -> Function:
     """Operands of the units [first, last) of one panel, vector behind vector.
 
     `words` stand at the granule that unit `first` begins with, `zeros` at the first segment's, and
-    `scales` that are folded in at the block of that granule. A
-    segment whose granules do not fill its last unit is filled up with vectors of zeros, since
-    tiles are multiplied whole.
+    `scales` that are folded in at the block of that granule. A segment whose granules do not fill
+    its last unit is filled up with vectors of zeros, since tiles are multiplied whole.
     """
     f = module.function(
         "unroll",
-        dict.fromkeys(("words", "out", "zeros", "scales"), "ptr")
-        | dict.fromkeys(
-            (
-                "first",
-                "last",
-                "segment",
-                "granules",
-                "segment_granules",
-                "unit_granules",
-            ),
-            "i64",
-        ),
+        {
+            **dict.fromkeys(("words", "out", "zeros", "scales"), "ptr"),
+            **dict.fromkeys(("first", "last", "segment", "granules"), "i64"),
+            **dict.fromkeys(("segment_granules", "unit_granules"), "i64"),
+        },
         "apart",
     )
     words, out, zeros, scales, first, last, segment, granules, segment_granules, unit = f.parameters

@@ -18,8 +18,8 @@ smallest subnormal number; h is 0 unless the result is subnormal. A product x_k 
 where U lets every operation underflow: an error made in g is still multiplied by the scales, one
 made in A meets the whole sum. Where w's values are rounded to a narrower type first, by d_w of
 them, 1 + gamma becomes (1 + gamma)(1 + d_w); where an instruction takes subnormal numbers for
-zero, eta / 2 is the most that a product then loses. Then activations of Lipschitz constant L, computed within
-(relative, absolute) errors (r, t), and the residual's conversion and addition give
+zero, eta / 2 is the most that a product then loses. Then activations of Lipschitz constant L,
+computed within (relative, absolute) errors (r, t), and the residual's conversion and addition give
 
     e' = L e + r (|f| + L e) + t,    e'' = e' + u (|f| + e' + 2 |residual|) + eta
 
@@ -257,7 +257,7 @@ def exact(
     chosen = next(v.kernel for v in explanation.verdicts if v.kernel.name == explanation.kernel)
     inner = outer = chosen.roundings(explanation.problem)
     left, right, _ = products.operands_of(x, w)
-    dtype = products.promoted(left.dtype, right.dtype)
+    dtype = dispatch.promoted(left.dtype, right.dtype)
     if out_dtype is not None:
         dtype = checks.float_dtype(out_dtype, "out_dtype")
     divided = None
