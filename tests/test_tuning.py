@@ -117,6 +117,35 @@ def test_a_price_is_the_work_over_the_rates():
         assert price(asked, f"matmul.cpu.{kind}") == pytest.approx(expected, rel=1e-9), kind
 
 
+def test_tall_products_are_shared_by_rows_as_well():
+    tall = problem(n=64, m=1 << 14)
+    alone = price(replace(tall, threads=1), "matmul.cpu.fma")
+    assert price(replace(tall, threads=16), "matmul.cpu.fma") < alone / 12
+
+
+def test_one_thread_arranges_what_is_little():
+    rates = replace(machine.nominal("avx512vnni"), arrange=1e3)
+    machine.use(tuple(tuned(rates, isa="avx512vnni", threads=t) for t in (1, 16)))
+    for m, shared in ((4, False), (16, False), (64, True)):
+        stated = problem(x="bfloat16", m=m)
+        one, many = (price(replace(stated, threads=t), "matmul.cpu.fma") for t in (1, 16))
+        assert many == pytest.approx(one / 4 if shared else one, rel=1e-3)
+
+
+def test_bytes_need_no_decoding_and_half_of_them_half_of_the_rearranging():
+    free = dict.fromkeys(NAMES, 1e15) | {"call": 1e-12, "repack": 1e6, "byte_narrow": 1e5}
+    machine.use((tuned(Rates(**free), isa="avx512vnni", threads=1),))
+    stated = replace(problem(n=1024, k=4096, x=lb.format("int8_row")), threads=1)
+    for weight, layout, seconds in (
+        ("int8_row", "words16", 0.0),
+        ("int8_row", "rows", 1024 * 4096 / 1e6),
+        ("int4_row", "words16", 1024 * 4096 / 1e5),
+        ("int4_row", "rows", 1024 * 4096 * (1 / 1e5 + 1 / 2e6)),
+    ):
+        asked = replace(stated, w=lb.format(weight), layout=layout)
+        assert price(asked, "matmul.cpu.dot") == pytest.approx(seconds, rel=1e-3, abs=1e-3)
+
+
 def test_codes_are_decoded_again_for_every_four_rows_in_registers():
     stated = replace(problem(x="bfloat16", w=lb.format("fp8_row")), threads=1)
     rates = machine.nominal("avx512vnni")
@@ -298,6 +327,9 @@ def test_floors_are_those_of_the_fastest_instructions():
     assert limits.float_operations == 2 * 2 * known.fma
     assert limits.bfloat_operations == 2 * 2 * known.bf16_tiles
     assert limits.integer_operations == 2 * 2 * known.dot_tiles
+    machine.use((tuned(replace(known, together=0.5), isa="amx"),))
+    assert machine.estimate("cpu:amx", 2).float_operations == limits.float_operations / 2
+    assert machine.estimate("cpu:amx", 1).float_operations == limits.float_operations / 2
     vectors = machine.estimate("cpu:avx2", 192)
     assert vectors.bandwidth == pytest.approx(machine.nominal("avx2").read_all, rel=1e-3)
     assert vectors.bfloat_operations == vectors.float_operations
@@ -366,6 +398,7 @@ def test_a_broken_file_costs_a_warning_and_nothing_else(kind, monkeypatch, tmp_p
     assert found == ()
     assert len(said) == 1
     assert said[0].startswith(f"tuning not used, costs are estimated: {path}: ")
+    assert ("more than 1048576 bytes" in said[0]) == (kind == "large")
     assert choose(problem()).kernel.name == "matmul.cpu.fma"
 
 
@@ -647,6 +680,17 @@ def test_tune_writes_what_explain_then_says(monkeypatch, tmp_path):
     again = json.loads(call("bench", "--tune", "--quick", "--json").stdout)
     assert again["path"] == str(path)
     assert set(again["rates"]) == set(NAMES)
+
+
+def test_tuning_changes_nothing_by_itself(monkeypatch):
+    monkeypatch.setattr(tuning, "cases", lambda threads: TINY)
+    before = (tuned(measured="before"),)
+    machine.use(before)
+    found, off = tuning.tune(quick=True)
+    assert machine.tunings() == before
+    assert found.key == (host().name, machine.processor(), lb.get_num_threads())
+    assert found.version == lb.__version__
+    assert off > 0
 
 
 def test_tune_needs_a_place_to_write_to(monkeypatch):
