@@ -109,7 +109,8 @@ class Tiles(Micro):
         x = f.at(v["x"], f.mul(index, TILE))
         for block in range(self.rows // TALL):
             rows = f.at(x, f.mul(v["x_stride"], TALL * block)) if block else x
-            f.tile("tileloadd64", _X[block], rows, _bytes(VECTOR))
+            # x streams by (T1): it should not push the panels out of the nearest cache.
+            f.tile("tileloaddt164", _X[block], rows, _bytes(VECTOR))
             for p in range(self.panels):
                 if not block or self.panels > len(_W):
                     w = self._decoded(p, index) if self.single else self._panel(p, within)
