@@ -41,8 +41,8 @@ def test_extreme_integers_do_not_saturate(w):
         conformance.extreme_integers(kernel, w)
 
 
-@pytest.mark.parametrize("x", ["float32", "int8_g32", "float8_e4m3fn_row"])
-@pytest.mark.parametrize("w", ["int8_row", "uint4_g64_asym", "nf4"])
+@pytest.mark.parametrize("x", ["float32", "bfloat16", "int8_g32", "float8_e4m3fn_row"])
+@pytest.mark.parametrize("w", ["int8_row", "uint4_g64_asym", "nf4", "mxfp4"])
 def test_a_row_does_not_depend_on_the_others(x, w):
     for kernel in KERNELS:
         conformance.independent_rows(kernel, w, x)
@@ -66,7 +66,7 @@ def test_exact_sums_are_rounded_once(kernel, out):
     conformance.rounded_once(kernel, "int4_g32", out)
 
 
-@pytest.mark.parametrize("x", ["float32", "int8_row"])
+@pytest.mark.parametrize("x", ["float32", "bfloat16", "int8_row"])
 @pytest.mark.parametrize("w", ["int8_row", "int4_g32_asym", "uint1_g128", "int3_g24", "nf4"])
 def test_long_rows(x, w):
     for kernel in KERNELS:
