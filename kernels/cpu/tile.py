@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import overload
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant, scalar
+from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant, scalar
 from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
@@ -30,6 +31,27 @@ def shapes(spec: Spec, isa: Isa) -> tuple[Shape, ...]:
     if spec.inner == "dot" and isa.dot == "pmaddubsw":
         return Shape(3, 1), Shape(1, 4)  # its constants take registers as well
     return Shape(6 if decoded else 4, 1), Shape(1, 4)
+
+
+class _Words(Sequence[Value]):
+    """Words in memory, loaded where they are used: held, they would push sums out of registers."""
+
+    def __init__(self, f: Function, address: Value, count: int) -> None:
+        self._f, self._address, self._count = f, address, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value | Sequence[Value]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if index >= self._count:
+            raise IndexError(index)
+        return self._f.load(INT, self._f.at(self._address, index * VECTOR), 4)
 
 
 class Vectors(Micro):
@@ -193,7 +215,7 @@ class Vectors(Micro):
             if self.spec.layout == "words16":
                 for word in range(steps.words):
                     f.prefetch(f.at(at, AHEAD + word * VECTOR))
-            words = [f.load(INT, f.at(at, word * VECTOR), 4) for word in range(steps.words)]
+            words = _Words(f, at, steps.words)
             yield from steps.emit(f, words, zeros)
 
     def _multiply(self, x: Value, w: Value, total: Value) -> Value:
