@@ -222,7 +222,7 @@ def _affordable(problem: Problem, kernel: str) -> bool:
     return verdict.seconds is not None and (verdict.seconds < _LONGEST or problem.m == 1)
 
 
-def fit(samples: Iterable[Sample], name: str, start: Rates | None = None) -> Rates:
+def fit(samples: Iterable[Sample], name: str) -> Rates:
     """The rates of an instruction set with which the prices come nearest to measured times.
 
     Distances are those of logarithms; from `_OFF` on they count linearly (Huber), because a time
@@ -232,7 +232,7 @@ def fit(samples: Iterable[Sample], name: str, start: Rates | None = None) -> Rat
     chosen = list(samples)
     if not chosen:
         raise ValueError("fit: no product was measured")
-    first = np.log([getattr(start or machine.nominal(name), each) for each in _NAMES])
+    first = np.log([getattr(machine.nominal(name), each) for each in _NAMES])
     measured = np.log([sample.seconds for sample in chosen])
     before = machine.use(())
 

@@ -93,7 +93,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper limits of a machine, per second."""
+    """What lowbit's loops reach on a machine, per second, where nothing else holds them up."""
 
     bandwidth: float
     """Bytes read from memory."""
