@@ -76,10 +76,10 @@ def test_dense_x_is_exact_and_within_the_bound(w):
             assert conformance.bounded_products(kernel, w, x) <= 1
 
 
-@pytest.mark.parametrize("w", FORMATS)
+@pytest.mark.parametrize("w", [*SOME, *VARIANTS])
 def test_quantized_x_is_exact_and_within_the_bound(w):
     for kernel in KERNELS:
-        for x in ("int8_row", "float8_e4m3fn_row") if w in (*SOME, *VARIANTS) else ("int8_row",):
+        for x in ("int8_row", "float8_e4m3fn_row"):
             conformance.exact_products(kernel, w, x)
             assert conformance.bounded_products(kernel, w, x) <= 1
 
@@ -92,7 +92,7 @@ def test_pairs_of_formats(x, w):
         assert conformance.bounded_products(kernel, w, x) <= 1
 
 
-@pytest.mark.parametrize("w", [*SOME, *VARIANTS])
+@pytest.mark.parametrize("w", [*SOME, *VARIANTS[::2]])
 def test_a_prepared_weight_gives_the_same_bits(w):
     for kernel in KERNELS:
         conformance.same_when_prepared(kernel, w, "bfloat16")
