@@ -383,3 +383,14 @@ def test_every_record_compiles_and_calls_no_library(name: str, isa: Isa) -> None
             words = line.split()
             if words[:1] in (["callq"], ["bl"]):
                 assert words[1].lstrip("*.L").startswith(own), line
+
+
+@pytest.mark.parametrize("columns", [16, 64, 96, 100, 127])
+def test_a_row_shorter_than_its_group_is_not_unrolled_beyond_its_end(columns):
+    fmt = lb.format("int8_g128")
+    spec, _ = compiled.plan(fmt, "float32", (64, columns), "absmax")
+    assert 16 * spec.vectors <= columns
+    x = np.random.default_rng(columns).standard_normal((64, columns), np.float32)
+    made = compiled.quantize(fmt, x)
+    assert made is not None
+    same(made, reference.quantize(fmt, x))

@@ -88,27 +88,6 @@ def weight_arguments(w: Packed | Words16, segment: int) -> dict[str, int]:
     return found
 
 
-def contiguous_parts(w: Packed | Words16) -> Packed | Words16:
-    """Parts whose rows are dense, which slicing may have lost; kernels read by row strides."""
-    if isinstance(w, Words16):
-        return w
-    parts = (w.scales, w.zeros, w.biases)
-    steady = w.codes.strides[-1] == 1 and w.codes.strides[0] > 0
-    if steady and all(p is None or p.flags.c_contiguous for p in parts):
-        return w
-    dense = [None if p is None else np.ascontiguousarray(p) for p in parts]
-    assert dense[0] is not None
-    return Packed(
-        w.format,
-        w.shape,
-        np.ascontiguousarray(w.codes),
-        dense[0],
-        dense[1],
-        dense[2],
-        w.tensor_scale,
-    )
-
-
 def x_blocks(x: Packed, rows: int) -> Array:
     """float32 (rows, blocks): the scales of x, one row of them for each row, then anything."""
     scales = scaling.decode_scales(x.format, x.scales)
@@ -127,14 +106,6 @@ def x_values(x: Packed) -> Array:
     if x.zeros is not None:
         values -= reference.spread(x.zeros.astype(FLOAT32), x.format.scale.block, x.matrix)
     return values
-
-
-def packing_seconds(p: Problem) -> float:
-    """Estimated on a Zen 4 core: rearranging canonical rows, and widening odd codes to bytes."""
-    if p.layout != "rows":
-        return 0.0
-    each = {4: 0.02e-9, 8: 0.06e-9}.get(p.w.element.bits, 0.1e-9)
-    return each * p.n * p.k / p.threads
 
 
 def second_level(*operands: Any) -> float:

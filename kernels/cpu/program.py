@@ -14,7 +14,7 @@ from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import pack, tile, tiles
 from lowbit.kernels.cpu.decode import decoder
 from lowbit.kernels.cpu.epilogue import EDGE, writer
-from lowbit.kernels.cpu.ir import FLOAT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
@@ -190,7 +190,33 @@ class _Tile:
             for name in self.unpack:
                 self._scales(name, at, panel.index, first, last, table)
             self._operands(at, panel.index, first, last, table)
+        self._missing(panels, first, last)
         self._products(row, rows, column, panels, first, last)
+
+    def _missing(self, panels: Value, first: Value, last: Value) -> None:
+        """Scales of 0 for panels that the group lacks.
+
+        Their sums are computed and dropped. What scratch holds could be subnormal numbers, and
+        those take x86 a hundred cycles each.
+        """
+        f = self.function
+        start, stop, *_ = self._scaled(first, last)
+        with f.loop(panels, GROUP) as panel, f.loop(0, f.op("sub", stop, start)) as block:
+            place = f.add(f.mul(block.index, ROW), f.mul(panel.index, VECTOR))
+            for name in self.unpack:
+                f.store(constant(INT, 0), f.at(self._at(name), place), 64)
+
+    def _scaled(self, first: Value, last: Value) -> tuple[Value, Value, Value, Value]:
+        """Blocks of codes with a scale, from one to another; their length, and the row's.
+
+        Of segments, or where scales are folded into the codes of their own.
+        """
+        f, a = self.function, self.a
+        length, total = a["segment"], a["total"]
+        if self.spec.folded:
+            first, last = self._granule(first), self._granule(last)
+            length, total = constant("i64", self.spec.folded), a["granules"]
+        return f.op("udiv", first, length), f.over(last, length), length, total
 
     def _result(self, row: Value, rows: Value, column: Value, sums: Value) -> None:
         """Write the result."""
@@ -290,11 +316,7 @@ class _Tile:
     ) -> None:
         """One vector a segment of the stretch, next to the other panels' vectors."""
         f, a = self.function, self.a
-        length, total = a["segment"], a["total"]
-        if self.spec.folded:
-            first, last = self._granule(first), self._granule(last)
-            length, total = constant("i64", self.spec.folded), a["granules"]
-        start, stop = f.op("udiv", first, length), f.over(last, length)
+        start, stop, length, total = self._scaled(first, last)
         begin = f.op("udiv", start, a["block_segments"])
         end = f.over(stop, a["block_segments"])
         size = item_bits(self._blocks()[name]) // 8
@@ -339,7 +361,7 @@ class _Tile:
             some = f.mul(f.op("udiv", f.op("sub", rows, done), shape.rows), shape.rows)
             until = f.add(done, some)
             with f.loop(0, panels, shape.panels) as panel:
-                codes = self._panels(shape, column, panel.index, first)
+                codes = self._panels(shape, column, panel.index, panels, first)
                 blocks = self._blocks_of(panel.index)
                 fetch = self._fetch(shape, column, panel.index, first, last, some)
                 with f.loop(done, until, shape.rows) as part:
@@ -423,12 +445,14 @@ class _Tile:
             f.mul(sums, 4),
         ]
 
-    def _panels(self, shape: Shape, column: Value, panel: Value, first: Value) -> list[Value]:
-        """Where the micro-kernel reads each panel."""
+    def _panels(
+        self, shape: Shape, column: Value, panel: Value, panels: Value, first: Value
+    ) -> list[Value]:
+        """Where the micro-kernel reads each panel; for one that is missing, the last one."""
         f = self.function
         found = []
         for p in range(shape.panels):
-            number = f.add(panel, p)
+            number = f.least(f.add(panel, p), f.op("sub", panels, 1))
             row = f.add(column, f.mul(number, LANES))
             if self.decode is None:
                 found.append(self._words(row, number, first))

@@ -151,7 +151,9 @@ def build(spec: Spec, isa: Isa) -> native.Module:
 def plan(fmt: Format, dtype: str, shape: tuple[int, int], rule: str) -> tuple[Spec, bool]:
     """What is compiled for a matrix, and whether it is read once."""
     rows, columns = shape
-    tall, wide = (size or length for size, length in zip(fmt.scale.block, shape, strict=True))
+    tall, wide = (
+        min(size or length, length) for size, length in zip(fmt.scale.block, shape, strict=True)
+    )
     vectors = wide // 16 if wide % 16 == 0 and wide // 16 in _UNROLLED and tall == 1 else 0
     usual = rule == ("rceil" if _powers(fmt) else "absmax")
     offset = fmt.zero is not None or fmt.bias
