@@ -44,6 +44,14 @@ class Words16:
             return True
         return block % layouts.granule(bits) == 0
 
+    @staticmethod
+    def meets(fmt: Format, x: Format | str, k: int) -> bool:
+        """Whether scales of x change between granules as well; else rows are read."""
+        if isinstance(x, str) or fmt.element.bits in layouts.WIDTHS:
+            return True
+        block = x.scale.block[1]
+        return block is None or block >= k or block % layouts.granule(fmt.element.bits) == 0
+
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns."""

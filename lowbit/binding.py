@@ -166,8 +166,12 @@ def _weight_right(
     bind = fused(stated.problem, options.kernel, dtype)
     if bind is None:
         return quantizing(), False
-    along = stated.problem.w_along
-    inside = _matrices(stated, parts, lambda each: _dense(_bound(bind, each, along)), dense=True)
+    problem = stated.problem
+
+    def bound(each: Parts) -> Execute:
+        return _dense(_steadied(_bound(bind, each, problem), problem))
+
+    inside = _matrices(stated, parts, bound, dense=True)
 
     def execute(x: Array, after: Epilogue, out: Array) -> None:
         if inside(x, after, out) is NOT_FINITE:
@@ -199,14 +203,13 @@ def _runs(problem: Problem, kernel: str | None) -> Callable[[Parts], Execute]:
     bind = kernels.prepared(problem, kernel)
 
     def bound(parts: Parts) -> Execute:
-        run = _bound(bind, parts, problem.w_along)
-        return run if problem.residual is None else _steady_residual(run)
+        return _steadied(_bound(bind, parts, problem), problem)
 
     return bound
 
 
-def _bound(bind: Callable[[Parts], Execute], parts: Parts, along: bool) -> Execute:
-    if _readable(parts, along):
+def _bound(bind: Callable[[Parts], Execute], parts: Parts, problem: Problem) -> Execute:
+    if _readable(parts, problem.layout):
         return bind(parts)
 
     def execute(x: Any, after: Epilogue, out: Array) -> object:
@@ -216,10 +219,10 @@ def _bound(bind: Callable[[Parts], Execute], parts: Parts, along: bool) -> Execu
     return execute
 
 
-def _readable(parts: Parts, along: bool) -> bool:
+def _readable(parts: Parts, layout: str) -> bool:
     """Whether kernels can read the parts where they are: rows at one distance, without gaps."""
     if isinstance(parts, Words16):
-        return along
+        return layout == parts.layout
     others = (parts.scales, parts.zeros, parts.biases)
     steady = parts.codes.strides[-1] == 1 and parts.codes.strides[0] > 0
     return steady and all(p is None or p.flags.c_contiguous for p in others)
@@ -237,7 +240,11 @@ def _gathered(parts: Parts) -> Packed:
     return Packed(parts.format, parts.shape, codes, scales, zeros, biases, parts.tensor_scale)
 
 
-def _steady_residual(run: Execute) -> Execute:
+def _steadied(run: Execute, problem: Problem) -> Execute:
+    """The run with a residual as kernels read it: aligned, rows without gaps, in native order."""
+    if problem.residual is None:
+        return run
+
     def execute(x: Any, after: Epilogue, out: Array) -> object:
         residual = after.residual
         assert residual is not None

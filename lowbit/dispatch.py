@@ -15,6 +15,7 @@ from lowbit.array import QArray
 from lowbit.formats import Format
 from lowbit.kernels import Problem, Verdict
 from lowbit.kernels.cpu import isa, pool
+from lowbit.kernels.words16 import Words16
 
 Array = npt.NDArray[Any]
 Operand = Array | QArray
@@ -167,7 +168,7 @@ def _problem(
         residual=residual,
         x_along=x_along,
         w_along=w_along,
-        layout=w.layout if w_along else "rows",
+        layout=w.layout if w_along and Words16.meets(w.format, kind, k) else "rows",
         batch_invariant=options.batch_invariant,
         device=device(),
         threads=pool.get_num_threads(),

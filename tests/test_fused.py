@@ -158,3 +158,28 @@ def test_a_kernel_that_is_wrong_about_that_costs_no_bits(inside):
     seen = inside(blind=True)
     conformance.same_bits(lb.matmul(x, w, x_format="int8_row"), wanted)
     assert seen.given
+
+
+@pytest.mark.parametrize("x_format", [None, "int8_row"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda r: np.asfortranarray(r),
+        lambda r: r[:, ::-1],
+        lambda r: np.repeat(r, 2, axis=1)[:, ::2],
+        lambda r: r.astype(r.dtype.newbyteorder(">")),
+        lambda r: np.broadcast_to(r[:, :1], r.shape),
+        lambda r: np.broadcast_to(r[:1, :1], r.shape),
+    ],
+)
+def test_a_residual_is_read_whatever_its_memory(x_format, view):
+    rng = np.random.default_rng(0)
+    w = lb.quantize(rng.standard_normal((70, 64), np.float32), "int4_g32")
+    x, residual = (rng.standard_normal((9, n), np.float32) for n in (64, 70))
+    given = view(residual)
+    plain = lb.matmul(x, w.T, x_format=x_format, residual=np.ascontiguousarray(given, np.float32))
+    for found in (
+        lb.matmul(x, w.T, x_format=x_format, residual=given),
+        lb.plan(x, w.T, x_format=x_format, residual=given)(x),
+    ):
+        np.testing.assert_array_equal(found, plain)

@@ -392,3 +392,14 @@ def test_a_granule_stays_in_registers(isa: Isa, bits: int) -> None:
         # Lane by lane, four codes of sixteen rows would take some 200 instructions.
         vectors = layouts.granule(bits) // 4 * 16 // isa.lanes
         assert len(lines) <= 30 * vectors
+
+
+@pytest.mark.parametrize("x_format", ["int8_g16", "nvfp4", "int8_g8"])
+@pytest.mark.parametrize("w_format", ["int3_g32", "int5_row", "int6_g64", "int7_g32"])
+def test_scales_of_x_inside_a_granule_do_not_keep_kernels_away(w_format, x_format):
+    rng = np.random.default_rng(0)
+    w = lb.quantize(rng.standard_normal((33, 192), np.float32), w_format)
+    x = lb.quantize(rng.standard_normal((5, 192), np.float32), x_format)
+    rows, held = (lb.explain(x, each.T) for each in (w, w.prepare()))
+    assert held.kernel == rows.kernel != "reference"
+    np.testing.assert_array_equal(x @ w.T, x @ w.prepare().T)

@@ -27,6 +27,7 @@ from lowbit.kernels.declare import Array, Bind, Kernel, Problem, Roundings, Run
 from lowbit.kernels.words16 import Words16
 
 _SMALLEST = 2.0**-126  # below it the instructions see zero
+_LARGEST = float.fromhex("0x1.fep127")
 _FOLDED = 64  # columns: scales of shorter groups are multiplied into w's numbers
 
 
@@ -71,8 +72,8 @@ def _accepts(p: Problem) -> str | None:
     if refusal is not None:
         return refusal
     for value in p.w.element.values:
-        if 0 < abs(value) < _SMALLEST:
-            return f"{p.w.element.name} has {value:g}, which the instruction would lose"
+        if 0 < abs(value) < _SMALLEST or _LARGEST < abs(value) < math.inf:
+            return f"{p.w.element.name} has {value:g}, which bfloat16 would lose"
     return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
 
 

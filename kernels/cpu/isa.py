@@ -143,7 +143,10 @@ RECORDS: tuple[Isa, ...] = (
 def runnable() -> tuple[Isa, ...]:
     """Return the records this machine can execute, best first; "generic" is always the last."""
     flags = _flags()
-    if flags.issuperset(_AMX) and not _tiles_permitted():
+    # Once tiles are permitted, the system refuses small stacks for signals: who names another
+    # record is not asked for.
+    wanted = os.environ.get("LOWBIT_ISA") or "amx"
+    if flags.issuperset(_AMX) and not (wanted == "amx" and _tiles_permitted()):
         flags -= set(_AMX)
     system = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     return tuple(
