@@ -347,7 +347,7 @@ MUTANTS = (
     on_amx(
         "canonical rows are cut into other tiles", "cpu.gemm",
         "whole = layouts.granule(spec.element.bits) // steps.codes", "whole = 1",
-        same_when_prepared, BF16, "uint5", "bfloat16",
+        same_when_prepared, BF16, "uint5_row", "bfloat16",
     ),
     # What is promised.
     change(
