@@ -47,7 +47,7 @@ FORMATS = (*(name for name, named in declared().items() if not named.short), *VA
 SOME = (
     "int1",
     "int3",
-    "uint5",
+    "uint5_row",  # its tiles are cut where those of planes are
     "int7",
     "int8",
     "float6_e3m2fn",
