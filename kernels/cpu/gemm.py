@@ -156,6 +156,8 @@ class Gemm:
             Most threads to use.
         """
         spec, steps = self.spec, self.steps
+        if spec.method == "single" and m > TALL:
+            raise ValueError(f"gemm: m is {m}; a single tile has {TALL} rows, use for_tiles")
         units = Units.of(spec, steps, segment, k, m)
         tall = _tile_rows(spec, self.isa, m, units.columns(steps) // steps.parts)
         columns = -(-n // (GROUP * PANEL))
