@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value
+from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import Steps
 from lowbit.kernels.layouts import GROUP
@@ -51,6 +51,7 @@ class Micro(ABC):
         parameters |= {"x_sums": "ptr", "x_sums_stride": "i64"}
         parameters |= dict.fromkeys(("first", "last", "total", "segment", "tile"), "i64")
         parameters |= {"fetch0": "ptr", "fetch1": "ptr", "lines": "i64", "rows": "i64"}
+        parameters |= {"leap": "i64"}
         name = f"rows{shape.rows}x{shape.panels}"
         self.function = module.function(name, parameters, "apart")
         self.values = dict(zip(parameters, self.function.parameters, strict=True))
@@ -69,6 +70,17 @@ class Micro(ABC):
             fresh = f.compare("eq", at, begin)
             whole = f.compare("sge", until, f.least(end, v["total"]))
             self._segment(outer.index, f.op("sub", outer.index, start), at, until, fresh, whole)
+
+    def _ahead(self, granule: Value, total: Value) -> Value:
+        """Distance to the words that are asked for beside those of a granule.
+
+        Behind a panel's end it leaps to the panel that takes its place in the next tile: a tile
+        would else begin with a wait for memory in each of its panels.
+        """
+        f = self.function
+        end = f.add(f.mul(granule, self.steps.words * VECTOR), AHEAD)
+        inside = f.compare("slt", end, f.mul(total, self.steps.words * VECTOR))
+        return f.add(f.select(inside, constant("i64", 0), self.values["leap"]), AHEAD)
 
     def _begin(self) -> None:  # noqa: B027  (most have nothing to do)
         """What comes before the first segment."""

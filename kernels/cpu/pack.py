@@ -203,22 +203,25 @@ def unpacker(
     """Scales (or zero points, or biases) of one panel to a vector for each segment.
 
     Numbers are stored in `bits` bits. `source` holds their words16 from block `origin` on, or with
-    `panels` the panel's own panels16. With an integer offset they become int32, the offset added.
+    `panels` the panel's own panels16. Those `further` on are asked for. With an integer offset they
+    become int32, the offset added.
     """
     f = module.function(
         name,
         {"source": "ptr", "out": "ptr"}
-        | dict.fromkeys(("origin", "first", "last", "block"), "i64"),
+        | dict.fromkeys(("origin", "first", "last", "block", "further"), "i64"),
         "apart",
     )
-    source, out, origin, first, last, block = f.parameters
+    source, out, origin, first, last, block, further = f.parameters
     each = 32 // bits
     with f.loop(first, last) as loop:
         index = f.op("udiv", loop.index, block)
         if panels:
             narrow = f"<16 x i{bits}>"
             size = bits // 8
-            lanes = f.load(narrow, f.at(source, f.mul(index, LANES * size)), size)
+            at = f.at(source, f.mul(index, LANES * size))
+            f.prefetch(f.at(at, further))
+            lanes = f.load(narrow, at, size)
             word = f.cast("zext", lanes, INT)
         else:
             within = f.op("sub", index, origin)

@@ -324,7 +324,9 @@ class _Tile:
             blocks = f.over(f.over(total, length), a["block_segments"])
             place = f.mul(f.mul(f.op("udiv", row, LANES), blocks), LANES * size)
             source = f.at(a[name], place)
+            further = f.mul(blocks, GROUP * LANES * size)  # those of the next tile
         else:
+            further = constant("i64", 0)
             source = self._at("work")
             stride = f.mul(a["scales_stride"], size)
             f.run(self.row_table, a[name], table, stride, row, a["n"], a["block_rows"])
@@ -340,6 +342,7 @@ class _Tile:
             start,
             stop,
             a["block_segments"],
+            further,
         )
 
     def _products(
@@ -386,6 +389,7 @@ class _Tile:
                         a["tile"],
                         *fetch(part.index),
                         a["m"],
+                        f.mul(a["granules"], (GROUP - 1) * self.steps.words * VECTOR),
                     )
             done = until
 

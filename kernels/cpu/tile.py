@@ -8,7 +8,7 @@ from typing import overload
 
 from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant, scalar
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Micro, Shape
+from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import OCTETS, PAIRS, dot_of
 
@@ -121,8 +121,11 @@ class Vectors(Micro):
         x = [
             f.at(f.at(v["x"], f.mul(v["x_stride"], r) if r else 0), place) for r in range(self.rows)
         ]
+        ahead = None
+        if self.spec.method == "direct" and self.spec.layout == "words16":
+            ahead = self._ahead(granule, v["total"])
         operands = [
-            self._operands(v[f"codes{p}"], within, many, zeros[p] if zeros else None)
+            self._operands(v[f"codes{p}"], within, many, zeros[p] if zeros else None, ahead)
             for p in range(self.panels)
         ]
         if self.method == "smmla" and self.integer:
@@ -200,7 +203,12 @@ class Vectors(Micro):
         return found
 
     def _operands(
-        self, codes: Value, within: Value, many: int, zeros: Value | None
+        self,
+        codes: Value,
+        within: Value,
+        many: int,
+        zeros: Value | None,
+        ahead: Value | None,
     ) -> Iterator[Value]:
         f, steps = self.function, self.steps
         if self.spec.method == "decoded":
@@ -212,9 +220,10 @@ class Vectors(Micro):
         base = f.at(codes, f.mul(within, steps.words * VECTOR))
         for i in range(many):
             at = f.at(base, i * steps.words * VECTOR)
-            if self.spec.layout == "words16":
+            if ahead is not None:
+                fetched = f.at(at, ahead)
                 for word in range(steps.words):
-                    f.prefetch(f.at(at, AHEAD + word * VECTOR))
+                    f.prefetch(f.at(fetched, word * VECTOR))
             words = _Words(f, at, steps.words)
             yield from steps.emit(f, words, zeros)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 
 from lowbit.kernels.cpu.ir import FLOAT, INT, Module, Value
-from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Blocks, Micro, Shape
+from lowbit.kernels.cpu.micro import ROW, VECTOR, Blocks, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 
 TALL = 16  # rows of a tile
@@ -138,13 +138,16 @@ class Tiles(Micro):
         f, v, steps = self.function, self.values, self.steps
         granules = self.spec.tile // steps.count
         first = f.mul(f.op("sub", index, v["first"]), granules * steps.words * VECTOR)
+        ahead = self._ahead(f.mul(index, granules), f.mul(v["total"], granules))
         for p in range(self.panels):
             words = f.at(v[f"codes{p}"], first)
             out = self._decoded(p, index)
             for granule in range(granules):
                 source = f.at(words, granule * steps.words * VECTOR)
-                for i in range(steps.words):
-                    f.prefetch(f.at(source, AHEAD + i * VECTOR))
+                if self.spec.layout == "words16":
+                    fetched = f.at(source, ahead)
+                    for i in range(steps.words):
+                        f.prefetch(f.at(fetched, i * VECTOR))
                 held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
                 to = f.at(out, granule * steps.count * VECTOR)
                 scale = self._folded(index, granules, granule, p)
