@@ -241,6 +241,10 @@ class Function:
         where = Value("i32", "0"), Value("i32", "2"), Value("i32", "1")
         self.call("llvm.prefetch.p0", "void", address, *where)
 
+    def apart(self) -> None:
+        """Keep LLVM from mixing what stands before and behind. It is not an instruction."""
+        self.do('fence syncscope("singlethread") seq_cst')
+
     # Lanes.
 
     def splat(self, value: Value) -> Value:

@@ -8,7 +8,7 @@ from typing import overload
 
 from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant, scalar
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
+from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import OCTETS, PAIRS, dot_of
 
@@ -121,9 +121,8 @@ class Vectors(Micro):
         x = [
             f.at(f.at(v["x"], f.mul(v["x_stride"], r) if r else 0), place) for r in range(self.rows)
         ]
-        ahead = None
-        if self.spec.method == "direct" and self.spec.layout == "words16":
-            ahead = self._ahead(granule, v["total"])
+        # One row waits for memory; more of them would lose registers to the leap.
+        ahead = self._ahead(granule, v["total"]) if self.rows == 1 else constant("i64", AHEAD)
         operands = [
             self._operands(v[f"codes{p}"], within, many, zeros[p] if zeros else None, ahead)
             for p in range(self.panels)
@@ -149,8 +148,7 @@ class Vectors(Micro):
             for p, each in w.items():
                 i = r * self.panels + p
                 sums[i] = self._multiply(one, each, sums[i])
-        # Not an instruction: else LLVM loads w of all steps first, and has to spill the sums.
-        f.do('fence syncscope("singlethread") seq_cst')
+        f.apart()  # else LLVM loads w of all steps first, and has to spill the sums
 
     def _pairs(
         self, x: list[Value], operands: list[Iterator[Value]], count: int, sums: list[Value]
@@ -203,12 +201,7 @@ class Vectors(Micro):
         return found
 
     def _operands(
-        self,
-        codes: Value,
-        within: Value,
-        many: int,
-        zeros: Value | None,
-        ahead: Value | None,
+        self, codes: Value, within: Value, many: int, zeros: Value | None, ahead: Value
     ) -> Iterator[Value]:
         f, steps = self.function, self.steps
         if self.spec.method == "decoded":
@@ -220,7 +213,7 @@ class Vectors(Micro):
         base = f.at(codes, f.mul(within, steps.words * VECTOR))
         for i in range(many):
             at = f.at(base, i * steps.words * VECTOR)
-            if ahead is not None:
+            if self.spec.layout == "words16":
                 fetched = f.at(at, ahead)
                 for word in range(steps.words):
                     f.prefetch(f.at(fetched, word * VECTOR))
