@@ -88,6 +88,16 @@ def quantized_inside(kernel, w_format, x_format):
         same_bits(lb.matmul(x, w.T, x_format=x_format, kernel=kernel), first)
 
 
+def ragged_rows_in_poisoned_memory(kernel, m):
+    """A second tile that lacks granules, in memory that nobody has written."""
+
+    def check():
+        x, w = dense_or_quantized("bfloat16", int(m), 36), random_qarray("int4_g32", 17, 36)
+        assert_within_bound(lb.matmul(x, w.T, kernel=kernel), x, w.T, kernel=kernel)
+
+    poisoned(check)
+
+
 def tiny_products(kernel):
     """Numbers that are subnormal, within the bound."""
     x = np.full((1, 64), 2.0**-127, np.float32).astype(BFLOAT16)
@@ -342,7 +352,12 @@ MUTANTS = (
     on_amx(
         "a tile's padding is not zeroed", "cpu.unroll",
         "f.store(constant(INT, 0), f.at(to, f.mul(rest.index, VECTOR)), 64)", "pass",
-        exact_products_in_poisoned_memory, BF16, "int4_g32", "bfloat16",
+        ragged_rows_in_poisoned_memory, BF16, "20",
+    ),
+    on_amx(
+        "a single tile's padding is not zeroed", "cpu.tiles",
+        "f.store(constant(INT, 0), f.at(to, i * VECTOR), 64)", "pass",
+        ragged_rows_in_poisoned_memory, BF16, "5",
     ),
     on_amx(
         "canonical rows are cut into other tiles", "cpu.gemm",

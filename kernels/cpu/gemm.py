@@ -88,7 +88,9 @@ def for_tiles(spec: Spec, isa: Isa, *, m: int, segment: int, k: int) -> Spec:
     tiles = replace(spec, method="tiles")
     steps = Steps(tiles, isa)
     units = Units.of(tiles, steps, segment, k)
-    if m <= TALL and not steps.plain and not units.padded:
+    # Only the last tile of a row may lack granules.
+    full = units.segment * units.each == units.segment_granules or units.total <= units.segment
+    if m <= TALL and not steps.plain and full:
         return replace(spec, method="single", tile=units.each * steps.count)
     return tiles
 

@@ -51,7 +51,7 @@ class Micro(ABC):
         parameters |= {"x_sums": "ptr", "x_sums_stride": "i64"}
         parameters |= dict.fromkeys(("first", "last", "total", "segment", "tile"), "i64")
         parameters |= {"fetch0": "ptr", "fetch1": "ptr", "lines": "i64", "rows": "i64"}
-        parameters |= {"leap": "i64"}
+        parameters |= {"leap": "i64", "granules": "i64"}
         name = f"rows{shape.rows}x{shape.panels}"
         self.function = module.function(name, parameters, "apart")
         self.values = dict(zip(parameters, self.function.parameters, strict=True))

@@ -390,6 +390,7 @@ class _Tile:
                         *fetch(part.index),
                         a["m"],
                         f.mul(a["granules"], (GROUP - 1) * self.steps.words * VECTOR),
+                        a["granules"],
                     )
             done = until
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, Module, Value
+from lowbit.kernels.cpu.ir import FLOAT, INT, Module, Value, constant
 from lowbit.kernels.cpu.micro import ROW, VECTOR, Blocks, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 
@@ -134,25 +134,51 @@ class Tiles(Micro):
         return f.at(f.at(self.values["stage"], (SUMS + p) * TILE), turn)
 
     def _decode(self, index: Value, zeros: list[Value | None]) -> None:
-        """One tile of every panel, decoded into scratch."""
+        """One tile of every panel, decoded into scratch; zeros for granules behind the last one."""
+        f, v = self.function, self.values
+        granules = self.spec.tile // self.steps.count
+        left = f.op("sub", v["granules"], f.mul(index, granules))
+
+        def whole() -> list[Value]:
+            for p in range(self.panels):
+                for granule in range(granules):
+                    self._granule(index, p, granule, zeros[p])
+            return []
+
+        def part() -> list[Value]:
+            for p in range(self.panels):
+                for granule in range(granules):
+                    there = f.compare("sgt", left, granule)
+                    with f.when(there):
+                        self._granule(index, p, granule, zeros[p])
+                    with f.when(f.op("xor", there, 1)):
+                        to = self._place_of(index, p, granule)
+                        for i in range(self.steps.count):
+                            f.store(constant(INT, 0), f.at(to, i * VECTOR), 64)
+            return []
+
+        f.either(f.compare("sge", left, granules), whole, part)
+
+    def _place_of(self, index: Value, panel: int, granule: int) -> Value:
+        """Scratch of one granule of a tile."""
+        return self.function.at(self._decoded(panel, index), granule * self.steps.count * VECTOR)
+
+    def _granule(self, index: Value, panel: int, granule: int, zero: Value | None) -> None:
+        """Decode one granule of a tile."""
         f, v, steps = self.function, self.values, self.steps
-        granules = self.spec.tile // steps.count
-        first = f.mul(f.op("sub", index, v["first"]), granules * steps.words * VECTOR)
-        ahead = self._ahead(f.mul(index, granules), f.mul(v["total"], granules))
-        for p in range(self.panels):
-            words = f.at(v[f"codes{p}"], first)
-            out = self._decoded(p, index)
-            for granule in range(granules):
-                source = f.at(words, granule * steps.words * VECTOR)
-                if self.spec.layout == "words16":
-                    fetched = f.at(source, ahead)
-                    for i in range(steps.words):
-                        f.prefetch(f.at(fetched, i * VECTOR))
-                held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
-                to = f.at(out, granule * steps.count * VECTOR)
-                scale = self._folded(index, granules, granule, p)
-                for i, vector in enumerate(steps.emit(f, held, zeros[p], scale)):
-                    f.store(vector, f.at(to, i * VECTOR), 64)
+        granules, size = self.spec.tile // steps.count, steps.words * VECTOR
+        first = f.mul(f.op("sub", index, v["first"]), granules * size)
+        source = f.at(f.at(v[f"codes{panel}"], first), granule * size)
+        if self.spec.layout == "words16":
+            ahead = self._ahead(f.mul(index, granules), v["granules"])
+            fetched = f.at(source, ahead)
+            for i in range(steps.words):
+                f.prefetch(f.at(fetched, i * VECTOR))
+        held = [f.load(INT, f.at(source, i * VECTOR), 4) for i in range(steps.words)]
+        to = self._place_of(index, panel, granule)
+        scale = self._folded(index, granules, granule, panel)
+        for i, vector in enumerate(steps.emit(f, held, zero, scale)):
+            f.store(vector, f.at(to, i * VECTOR), 64)
 
     def _folded(self, index: Value, granules: int, granule: int, panel: int) -> Value | None:
         """The scale that one granule of a tile is multiplied by."""
