@@ -32,23 +32,7 @@ _FOLDED = 64  # columns: scales of shorter groups are multiplied into w's number
 
 
 def _spec(p: Problem) -> Spec:
-    fmt = p.w
-    panels = p.layout == "words16" and fmt.scale.block[0] == 1
-    few = p.m <= operands.FEW
-    spec = Spec(
-        inner="bf16",
-        method="direct" if few else "decoded",
-        element=fmt.element,
-        layout=p.layout,
-        scale=operands.scale_kind(fmt),
-        scale_layout="panels16" if panels else "rows",
-        zero=operands.zero_kind(fmt),
-        biases=fmt.bias,
-        x_scale=isinstance(p.x, Format),
-        activation=p.activation,
-        out=p.out,
-        residual=p.residual,
-    )
+    spec = operands.spec_of(p, "bf16")
     isa = operands.isa_of(p)
     # Tiles decode as fast for few rows, and have an order of their own: every m takes them.
     if isa.amx:

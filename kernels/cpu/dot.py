@@ -11,21 +11,7 @@ from lowbit.kernels.layouts import WIDTHS, granule
 
 
 def _spec(p: Problem) -> Spec:
-    fmt = p.w
-    panels = p.layout == "words16" and fmt.scale.block[0] == 1
-    spec = Spec(
-        inner="dot",
-        method="direct" if p.m <= operands.FEW else "decoded",
-        element=fmt.element,
-        layout=p.layout,
-        scale=operands.scale_kind(fmt),
-        scale_layout="panels16" if panels else "rows",
-        zero=operands.zero_kind(fmt),
-        x_scale=True,
-        activation=p.activation,
-        out=p.out,
-        residual=p.residual,
-    )
+    spec = operands.spec_of(p, "dot")
     isa, segment = operands.isa_of(p), _segment(p)
     if isa.amx and p.m > operands.FEW and segment is not None:
         return gemm.for_tiles(spec, isa, m=p.m, segment=segment, k=p.k)

@@ -10,22 +10,7 @@ from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
 
 
 def _spec(p: Problem) -> Spec:
-    fmt = p.w
-    panels = p.layout == "words16" and fmt.scale.block[0] == 1
-    return Spec(
-        inner="fma",
-        method="direct" if p.m <= operands.FEW else "decoded",
-        element=fmt.element,
-        layout=p.layout,
-        scale=operands.scale_kind(fmt),
-        scale_layout="panels16" if panels else "rows",
-        zero=operands.zero_kind(fmt),
-        biases=fmt.bias,
-        x_scale=isinstance(p.x, Format),
-        activation=p.activation,
-        out=p.out,
-        residual=p.residual,
-    )
+    return operands.spec_of(p, "fma")
 
 
 def _accepts(p: Problem) -> str | None:

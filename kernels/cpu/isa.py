@@ -69,6 +69,23 @@ def _avx512(name: str, features: str = "", needs: tuple[str, ...] = (), **more: 
     )
 
 
+def _avx2(
+    name: str, dot: str, *, features: str = "", needs: tuple[str, ...] = (), pdep: bool
+) -> Isa:
+    return Isa(
+        name=name,
+        triple=_X86,
+        cpu="x86-64-v3",
+        features=features,
+        lanes=8,
+        registers=16,
+        dot=dot,
+        permute="vpermps256x2",
+        pdep=pdep,
+        needs=(*_V3, *needs),
+    )
+
+
 def _neon(name: str, dot: str, features: str, needs: tuple[str, ...]) -> Isa:
     return Isa(
         name=name,
@@ -98,31 +115,9 @@ RECORDS: tuple[Isa, ...] = (
     ),
     _avx512("avx512bf16", _BF16, _BF16_NEEDS, bf16=True, vbmi=True),
     _avx512("avx512vnni"),
-    Isa(
-        name="avxvnni",
-        triple=_X86,
-        cpu="x86-64-v3",
-        features="+avxvnni",
-        lanes=8,
-        registers=16,
-        dot="vpdpbusd256",
-        permute="vpermps256x2",
-        pdep=True,
-        needs=(*_V3, "avx_vnni"),
-    ),
-    Isa(
-        name="avx2",
-        triple=_X86,
-        cpu="x86-64-v3",
-        features="",
-        lanes=8,
-        registers=16,
-        dot="pmaddubsw",
-        permute="vpermps256x2",
-        # Microcoded on AMD before Zen 3: hundreds of cycles.
-        pdep=False,
-        needs=_V3,
-    ),
+    _avx2("avxvnni", "vpdpbusd256", features="+avxvnni", needs=("avx_vnni",), pdep=True),
+    # pdep is microcoded on AMD before Zen 3: hundreds of cycles.
+    _avx2("avx2", "pmaddubsw", pdep=False),
     _neon("neoni8mm", "smmla", "+neon,+dotprod,+i8mm", ("asimd", "asimddp", "i8mm")),
     _neon("neon", "sdot", "+neon,+dotprod", ("asimd", "asimddp")),
     Isa(

@@ -12,6 +12,7 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import isa as isas
 from lowbit.kernels.cpu.isa import Isa
 from lowbit.kernels.cpu.pool import address
+from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.declare import Array, Epilogue, Problem
 from lowbit.kernels.words16 import Words16
 
@@ -38,6 +39,26 @@ def scale_kind(fmt: Format) -> Element | str:
 def zero_kind(fmt: Format) -> str | None:
     """How the zero points are stored."""
     return None if fmt.zero is None else reference.zero_dtype(fmt).name
+
+
+def spec_of(p: Problem, inner: str) -> Spec:
+    """The class of products that this one belongs to, without AMX's tiles."""
+    fmt = p.w
+    panels = p.layout == "words16" and fmt.scale.block[0] == 1
+    return Spec(
+        inner=inner,
+        method="direct" if p.m <= FEW else "decoded",
+        element=fmt.element,
+        layout=p.layout,
+        scale=scale_kind(fmt),
+        scale_layout="panels16" if panels else "rows",
+        zero=zero_kind(fmt),
+        biases=fmt.bias,
+        x_scale=isinstance(p.x, Format),
+        activation=p.activation,
+        out=p.out,
+        residual=p.residual,
+    )
 
 
 def segment_of(problem: Problem) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowbit.formats.declare import FLOATS, Element
+from lowbit.kernels.declare import ACTIVATIONS
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 LAYOUTS = ("rows", "words16")
 SCALE_LAYOUTS = ("rows", "panels16")
 INTEGERS = ("int8", "uint8")
