@@ -18,70 +18,7 @@ from lowbit.kernels.cpu import isa, native, pool, pool_ir
 
 linux_only = pytest.mark.skipif(not pool.SUPPORTED, reason="the native pool is for Linux")
 
-# argument: int64 of [rounds of work for a tile, one result for each tile...]
-TILES = """
-define void @count(ptr %argument, i64 %tile, ptr %scratch) {
-  %results = getelementptr i64, ptr %argument, i64 1
-  %at = getelementptr i64, ptr %results, i64 %tile
-  %old = atomicrmw add ptr %at, i64 1 seq_cst
-  ret void
-}
-
-; Adds 1 to the result, but only after the rounds of work.
-define void @slow(ptr %argument, i64 %tile, ptr %scratch) {
-entry:
-  %rounds = load i64, ptr %argument
-  br label %loop
-loop:
-  %i = phi i64 [0, %entry], [%i1, %loop]
-  %seen = load volatile i64, ptr %argument
-  %i1 = add i64 %i, 1
-  %more = icmp slt i64 %i1, %rounds
-  br i1 %more, label %loop, label %done
-done:
-  call void @count(ptr %argument, i64 %tile, ptr %scratch)
-  ret void
-}
-
-; Writes its number at both ends of 256 bytes of scratch, works, and gives the address of the
-; scratch if both are still there, else 1.
-define void @scratch(ptr %argument, i64 %tile, ptr %scratch) {
-entry:
-  %rounds = load i64, ptr %argument
-  %end = getelementptr i64, ptr %scratch, i64 31
-  store volatile i64 %tile, ptr %scratch
-  store volatile i64 %tile, ptr %end
-  br label %loop
-loop:
-  %i = phi i64 [0, %entry], [%i1, %loop]
-  %a = load volatile i64, ptr %scratch
-  %b = load volatile i64, ptr %end
-  %good_a = icmp eq i64 %a, %tile
-  %good_b = icmp eq i64 %b, %tile
-  %good = and i1 %good_a, %good_b
-  %i1 = add i64 %i, 1
-  %more = icmp slt i64 %i1, %rounds
-  %on = and i1 %good, %more
-  br i1 %on, label %loop, label %done
-done:
-  %address = ptrtoint ptr %scratch to i64
-  %result = select i1 %good, i64 %address, i64 1
-  %results = getelementptr i64, ptr %argument, i64 1
-  %at = getelementptr i64, ptr %results, i64 %tile
-  store i64 %result, ptr %at
-  ret void
-}
-
-; The smallest normal float32, halved: 0 where subnormals are flushed.
-define void @subnormal(ptr %argument, i64 %tile, ptr %scratch) {
-  %smallest = load volatile float, ptr %argument
-  %half = fmul float %smallest, 5.0e-1
-  %results = getelementptr i64, ptr %argument, i64 1
-  %at = getelementptr i64, ptr %results, i64 %tile
-  store float %half, ptr %at
-  ret void
-}
-"""
+TILES = (Path(__file__).parent / "fixtures/tiles.ll").read_text()
 TILE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
 
 
