@@ -17,6 +17,7 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import native, pool
 from lowbit.kernels.cpu.dequantize_ir import FORMAT, PIECE, Arguments, Spec, text
 from lowbit.kernels.cpu.isa import Isa, host
+from lowbit.kernels.cpu.pool import address
 
 Array = npt.NDArray[Any]
 
@@ -89,7 +90,7 @@ def _matrix(
     across = -(-columns // part)
     blocks = -(-part // wide) + 1
     table = -(-blocks // 16) * 16 * 12
-    codes, scales, zeros, biases = (0 if p is None else _address(p) for p in held)
+    codes, scales, zeros, biases = (0 if p is None else address(p) for p in held)
     strides = [0 if p is None else p.strides[0] for p in held]
     codes_at = 3 * table
     out_at = codes_at + PIECE + 64
@@ -100,15 +101,10 @@ def _matrix(
         *Arguments(
             columns, tall, wide, part, across, per, chunks, strides[0], fmt.row_bytes(columns),
             strides[1], strides[2], strides[3], out.strides[0],
-            codes, scales, zeros, biases, _address(out),
+            codes, scales, zeros, biases, address(out),
             0, table, 2 * table, codes_at, out_at, quick_at, second,
         )
     )  # fmt: skip
     argument = ctypes.create_string_buffer(block, _BLOCK.size)
     scratch = quick_at + 64
     pool.run(build(spec, isa), ctypes.addressof(argument), -(-chunks // per), scratch, threads)
-
-
-def _address(a: Array) -> int:
-    pointer: int = a.__array_interface__["data"][0]
-    return pointer

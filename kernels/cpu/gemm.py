@@ -25,8 +25,9 @@ from lowbit.formats.declare import Element
 from lowbit.kernels import layouts
 from lowbit.kernels.cpu import native, pool, program
 from lowbit.kernels.cpu.decode import consecutive
+from lowbit.kernels.cpu.ir import VECTOR
 from lowbit.kernels.cpu.isa import RECORDS, Isa
-from lowbit.kernels.cpu.micro import ROW, VECTOR
+from lowbit.kernels.cpu.micro import ROW
 from lowbit.kernels.cpu.program import HEAD
 from lowbit.kernels.cpu.spec import INTEGERS, Spec
 from lowbit.kernels.cpu.steps import Steps
@@ -42,7 +43,7 @@ _X_AT, _CALL_AT, _ALPHA_AT = (
 _TILE_STEPS = 16  # 32-bit steps of the widest AMX tile
 # Vectors of a panel that are decoded at a time, to stay in the first level cache. Fewer where sums
 # are scaled in between, which need room as well.
-_DECODED = {"tiles": 128, "decoded": 128}
+_DECODED = 128
 _SCALED = 64
 # Rows of a tile, at least and at most, and 32-bit steps of each lane that stay below a hundredth of
 # a second.
@@ -184,7 +185,7 @@ class Gemm:
         places.take("lines_at", (words + 4) * VECTOR if odd else 0)
         places.take("work_at", block if spec.scale_layout == "rows" else 0)
         unrolled = units.stretch * units.each * steps.count * ROW
-        places.take("operands_at", unrolled if spec.method in _DECODED else 0)
+        places.take("operands_at", unrolled if spec.method in ("tiles", "decoded") else 0)
         argument = _BLOCK.pack(
             m, n, units.total, units.segment, units.stretch, units.span, units.granules,
             units.segment_granules, units.each, units.each * steps.count,
@@ -333,8 +334,8 @@ class Units:
 def _limit(spec: Spec, steps: Steps, m: int, *, scaled: bool) -> int:
     """Granules that a tile decodes at a time."""
     found = _LONGEST
-    if spec.method in _DECODED and not (steps.plain and m <= TALL):
-        vectors = _SCALED if spec.method == "tiles" and scaled else _DECODED[spec.method]
+    if spec.method in ("tiles", "decoded") and not (steps.plain and m <= TALL):
+        vectors = _SCALED if spec.method == "tiles" and scaled else _DECODED
         found = max(1, vectors // steps.count)
     if spec.layout == "rows":
         found = min(found, max(1, _COPIED // steps.words))

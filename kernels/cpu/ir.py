@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lowbit.kernels.cpu.isa import Isa
 
 LANES = 16
+VECTOR = 4 * LANES  # bytes
 FLOAT, INT, DOUBLE, LONG = (f"<16 x {t}>" for t in ("float", "i32", "double", "i64"))
 
 

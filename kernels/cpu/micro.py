@@ -14,12 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Module, Value, constant
+from lowbit.kernels.cpu.ir import FLOAT, INT, VECTOR, Module, Value, constant
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import Steps
 from lowbit.kernels.layouts import GROUP
 
-VECTOR = 4 * LANES  # bytes
 ROW = VECTOR * GROUP  # bytes of one row of sums
 AHEAD = 2048
 """Bytes that words streaming from memory are asked for ahead: on one Granite Rapids core reading

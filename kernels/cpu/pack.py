@@ -6,10 +6,9 @@ Codes, scales and zero points are all rows of bytes, so one transposition serves
 from __future__ import annotations
 
 from lowbit.kernels.cpu.decode import Decoder
-from lowbit.kernels.cpu.ir import INT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import INT, LANES, VECTOR, Function, Module, Value, constant
 from lowbit.kernels.layouts import GROUP, PANEL
 
-VECTOR = 4 * LANES
 POINTERS = 8 * PANEL  # bytes of a table of row addresses
 
 

@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit.kernels.cpu import native, pack, pool
-from lowbit.kernels.cpu.ir import INT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import INT, LANES, VECTOR, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa, host
+from lowbit.kernels.cpu.pool import address
 from lowbit.kernels.layouts import PANEL, WIDTHS, granule, granule_words, planes, row_words
 
 Array = npt.NDArray[Any]
 Change = Callable[[Function, list[Value], int], list[Value]]
 
-VECTOR = 4 * LANES
 _CHUNK = 16  # granules between the two steps: lines of a row, and at most 7 KB of words
 
 
@@ -86,7 +86,7 @@ def words16(rows: Array, bits: int, k: int) -> Array:
     run = packing(bits, host())
     for index in np.ndindex(lead):
         one = rows[index]
-        run(rows=_address(one), stride=one.strides[0], n=n, k=k, panels=_address(out[index]))
+        run(rows=address(one), stride=one.strides[0], n=n, k=k, panels=address(out[index]))
     return out
 
 
@@ -99,7 +99,7 @@ def rows(panels: Array, n: int, bits: int, k: int) -> Array:
     run = unpacking(bits, host())
     for index in np.ndindex(lead):
         one = np.ascontiguousarray(panels[index])
-        run(rows=_address(out[index]), stride=out.shape[-1], n=n, k=k, panels=_address(one))
+        run(rows=address(out[index]), stride=out.shape[-1], n=n, k=k, panels=address(one))
     return out
 
 
@@ -107,14 +107,9 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Array:
     """Memory that begins with a cache line, so that no vector of a panel lies in two."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + VECTOR, np.uint8)
-    start = -_address(memory) % VECTOR
+    start = -address(memory) % VECTOR
     found: Array = memory[start : start + size].view(dtype).reshape(shape)
     return found
-
-
-def _address(array: Array) -> int:
-    pointer: int = array.__array_interface__["data"][0]
-    return pointer
 
 
 def pack_text(bits: int, isa: Isa) -> str:

@@ -14,9 +14,9 @@ from lowbit.formats.declare import Element
 from lowbit.kernels.cpu import pack, tile, tiles
 from lowbit.kernels.cpu.decode import decoder
 from lowbit.kernels.cpu.epilogue import EDGE, writer
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, VECTOR, Function, Module, Value, constant
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Micro, Shape
+from lowbit.kernels.cpu.micro import ROW, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import Steps
 from lowbit.kernels.cpu.tile import Vectors

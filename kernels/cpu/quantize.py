@@ -24,8 +24,9 @@ from lowbit.formats.declare import Format
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import native, pool, quantize_rule
 from lowbit.kernels.cpu.encode_lanes import LARGEST_DIVISOR, SMALLEST_DIVISOR
+from lowbit.kernels.cpu.ir import VECTOR
 from lowbit.kernels.cpu.isa import Isa, host
-from lowbit.kernels.cpu.quantize_extremes import VECTOR, WORK
+from lowbit.kernels.cpu.quantize_extremes import WORK
 from lowbit.kernels.cpu.quantize_ir import FORMAT, PIECE, Arguments, Spec, text
 
 Array = npt.NDArray[Any]

@@ -16,13 +16,12 @@ from lowbit.kernels.cpu.encode_lanes import (
     store_lanes,
     widened,
 )
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant
+from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, VECTOR, Function, Module, Value, constant
 from lowbit.kernels.cpu.quantize_rule import raise_flag
 
 if TYPE_CHECKING:
     from lowbit.kernels.cpu.quantize_ir import Spec
 
-VECTOR = 4 * LANES
 WORK = 2 * LANES * VECTOR  # bytes of scratch
 _MOST, _LEAST, _INFINITE = 2**31 - 1, -(2**31), 0x7F800000
 

@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import overload
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, LANES, Function, Module, Value, constant, scalar
+from lowbit.kernels.cpu.ir import (
+    FLOAT,
+    INT,
+    LANES,
+    VECTOR,
+    Function,
+    Module,
+    Value,
+    constant,
+    scalar,
+)
 from lowbit.kernels.cpu.isa import Isa
-from lowbit.kernels.cpu.micro import AHEAD, ROW, VECTOR, Micro, Shape
+from lowbit.kernels.cpu.micro import AHEAD, ROW, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import OCTETS, PAIRS, dot_of
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import struct
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, Module, Value, constant
-from lowbit.kernels.cpu.micro import ROW, VECTOR, Blocks, Micro, Shape
+from lowbit.kernels.cpu.ir import FLOAT, INT, VECTOR, Module, Value, constant
+from lowbit.kernels.cpu.micro import ROW, Blocks, Micro, Shape
 from lowbit.kernels.cpu.spec import Spec
 
 TALL = 16  # rows of a tile

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lowbit.kernels.cpu.ir import FLOAT, INT, Function, Module, Value, constant
-from lowbit.kernels.cpu.micro import ROW, VECTOR
+from lowbit.kernels.cpu.ir import FLOAT, INT, VECTOR, Function, Module, Value, constant
+from lowbit.kernels.cpu.micro import ROW
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import Steps
 
