@@ -366,8 +366,9 @@ def test_processes_sleep_while_others_are_measured() -> None:
         assert 0 <= contender.ask({"m": 9})["share_of_bound"] <= 1
         assert stopped(contender)
         contender._process.kill()
-        with pytest.raises(processes.Lost, match="killed by SIGKILL"):
-            contender.ask({"m": 9})
+        for _ in range(2):  # the second time its end of the pipe is surely gone
+            with pytest.raises(processes.Lost, match="killed by SIGKILL"):
+                contender.ask({"m": 9})
     finally:
         contender.close()
 

@@ -36,6 +36,7 @@ class Contender:
         self._errors: IO[str] = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), json.dumps(asdict(task))],
+            bufsize=0,  # what a dead process did not read must not be sent again by close
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -55,7 +56,6 @@ class Contender:
         self._signal("SIGCONT")
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
             return self._reply()
         except BrokenPipeError:
             raise Lost(self._last_words()) from None
