@@ -1,0 +1,1 @@
+"""CUDA kernels: C++ from the format's declaration, compiled by NVRTC, launched through CuPy."""

@@ -1,0 +1,115 @@
+"""The seam between kernels and what runs them: a GPU through CuPy, or the emulator of the tests.
+
+Kernels are written against `Machine` alone, so every launch of theirs can be made without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One kernel: the text that NVRTC compiles, and what does not change between its launches."""
+
+    text: str
+    """C++17. Headers of this folder are included by name."""
+    name: str
+    """Name expression of the kernel, such as ``gemm<Tile>``."""
+    threads: int
+    """Of a block."""
+    shared: int = 0
+    """Bytes of dynamic shared memory."""
+
+
+class Function(Protocol):
+    """A compiled kernel, called as CuPy's RawKernel is; it runs on the caller's current stream."""
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        *,
+        shared_mem: int = 0,
+    ) -> None:
+        """Launch; `args` are arrays and NumPy scalars of the parameters' own sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the choice of kernels and tiles may know of a GPU."""
+
+    capability: int
+    """Compute capability times ten: 80, 89, 90, 100, 120."""
+    processors: int
+    """Streaming multiprocessors."""
+
+    @property
+    def name(self) -> str:
+        """As `Problem.device` spells it: ``cuda:90:132``."""
+        return f"cuda:{self.capability}:{self.processors}"
+
+
+def parse(name: str) -> Device:
+    """Read `Device.name` back."""
+    backend, capability, processors = name.split(":")
+    if backend != "cuda":
+        raise ValueError(f"device: want cuda:capability:processors, got {name!r}")
+    return Device(int(capability), int(processors))
+
+
+class Machine(Protocol):
+    """A device that launches kernels on arrays of its own kind."""
+
+    @property
+    def device(self) -> Device:
+        """What kernels and tiles are chosen for."""
+
+    def function(self, source: Source) -> Function:
+        """Return the compiled kernel, from memory or a cache where it is there."""
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        """Return new memory on the device, in the order of the current stream."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        """Return new memory on the device, filled with zero bytes."""
+
+    def address(self, array: Any) -> int:
+        """Return where an array begins, for choosing the width of loads."""
+
+
+class _Local(threading.local):
+    pretended: Machine | None = None
+
+
+_local = _Local()
+
+
+@contextmanager
+def pretending(machine: Machine) -> Iterator[None]:
+    """Let this thread's launches on NumPy arrays go to `machine`, such as an emulator."""
+    before = _local.pretended
+    _local.pretended = machine
+    try:
+        yield
+    finally:
+        _local.pretended = before
+
+
+def machine_of(array: Any) -> Machine:
+    """Return what runs kernels on this array, a CuPy array or, while `pretending`, a NumPy one."""
+    if isinstance(array, np.ndarray):
+        if _local.pretended is None:
+            raise TypeError("launch: a NumPy array lies in the host's memory; want a CuPy array")
+        return _local.pretended
+    from lowbit.kernels.cuda import gpu
+
+    return gpu.machine(array.device.id)
