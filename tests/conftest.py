@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+from emulator import Emulator, missing
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
@@ -16,3 +18,12 @@ os.environ["LOWBIT_TUNING"] = "off"
 # makes no handler: the tests of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def emulator() -> Emulator:
+    """What runs CUDA kernels here; see tests/emulator/emulator.py."""
+    reason = missing()
+    if reason is not None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    return Emulator()

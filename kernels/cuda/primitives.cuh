@@ -85,7 +85,9 @@ LB_DEV u32 lop3(u32 a, u32 b, u32 c) {
     asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(Table));
     return d;
 }
+// One rounding, on the host too, where __hfma2 rounds twice.
 LB_DEV __half2 hfma2(__half2 a, __half2 b, __half2 c) { return __hfma2(a, b, c); }
+LB_DEV __nv_bfloat162 bfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) { return __hfma2(a, b, c); }
 
 }  // namespace lb
 #endif

@@ -1,0 +1,133 @@
+"""Compiles a kernel's own text for the host: g++, CUDA's headers, and the C++ of this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from lowbit.kernels import cuda
+
+HERE = Path(__file__).parent
+KERNELS = Path(cuda.__file__).parent
+CACHE = Path(os.environ.get("LOWBIT_EMULATOR_CACHE", HERE.parents[1] / "build" / "emulator"))
+# No contraction: an fma is one where the kernel says fma. Variables start as a pattern, not as what
+# the stack happens to hold. A symbol of one kernel must not be taken for that of another.
+FLAGS = (
+    "-std=c++17 -O2 -g1 -fPIC -fno-gnu-unique -fno-strict-aliasing -ffp-contract=off "
+    "-ftrivial-auto-var-init=pattern -Wall -Wno-unknown-pragmas -Wno-class-memaccess "
+    "-Wno-unused-function -Wno-parentheses -DLOWBIT_EMU"
+).split()
+# ThreadSanitizer watches kernels, not the scheduler: that one only names its fibers.
+SANITIZERS: dict[str, tuple[list[str], list[str]]] = {  # for all files, for kernels only
+    "": ([], []),
+    "thread": (["-DEMU_TSAN"], ["-fsanitize=thread"]),
+}
+
+
+class EmulatorError(RuntimeError):
+    """A launch that a GPU would refuse, or that does what no kernel may."""
+
+
+def compiler() -> str:
+    """Return the name of the C++ compiler."""
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache
+def headers() -> Path | None:
+    """Return the folder of cuda_fp16.h: of CUDA_HOME, else of NVIDIA's packages."""
+    places = [Path(os.environ["CUDA_HOME"]) / "include"] if "CUDA_HOME" in os.environ else []
+    spec = importlib.util.find_spec("nvidia")
+    if spec is not None:
+        places += [Path(p) / "cu13/include" for p in spec.submodule_search_locations or ()]
+    return next((p for p in places if (p / "cuda_fp16.h").exists()), None)
+
+
+def missing() -> str | None:
+    """Say what the emulator lacks here, or None."""
+    if shutil.which(compiler()) is None:
+        return f"the emulator compiles kernels with {compiler()}, which is not installed"
+    if headers() is None:
+        return (
+            "the emulator wants CUDA's headers: install nvidia-cuda-runtime, nvidia-cuda-crt and "
+            "nvidia-cuda-cccl, or set CUDA_HOME"
+        )
+    return None
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulatorError(" ".join(command) + "\n" + done.stderr[:6000])
+
+
+@functools.cache
+def _version() -> str:
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+
+
+def _contents() -> list[str]:
+    """Everything but the kernel's text that decides what the compiler makes."""
+    files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.glob("*.cuh")])
+    return [_version(), str(headers()), *FLAGS, *(f"{p.name}\0{p.read_text()}" for p in files)]
+
+
+def _cached(name: str, suffix: str, key: list[str], make: list[list[str]]) -> Path:
+    """Return the file that `make` builds; in its commands OUT is a file, DIR a folder."""
+    digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
+    result = CACHE / f"{name}-{digest}{suffix}"
+    if not result.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # Another process may build the same: each in a folder of its own, the last name wins.
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / "made"
+            for command in make:
+                _run([c.replace("OUT", str(made)).replace("DIR", folder) for c in command])
+            made.replace(result)
+    return result
+
+
+def _scheduler(source: Path, sanitize: str) -> Path:
+    for_all, _ = SANITIZERS[sanitize]
+    command = [compiler(), *FLAGS, *for_all, "-isystem", str(headers()), "-c", str(source)]
+    return _cached(source.stem, ".o", [sanitize, *_contents()], [[*command, "-o", "OUT"]])
+
+
+@functools.cache
+def _load(library: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library))
+
+
+def build(text: str, name: str, sanitize: str) -> ctypes.CDLL:
+    """Compile and load the kernel that the name expression `name` denotes in `text`."""
+    reason = missing()
+    if reason is not None:
+        raise EmulatorError(reason)
+    text += (
+        f'\nextern "C" const char* emu_launch(const emu::Launch* launch, void** arguments)'
+        f" {{ return emu::launch(&{name}, *launch, arguments); }}\n"
+        f'extern "C" const char* emu_signature() {{ return emu::signature(&{name}); }}\n'
+    )
+    key = [text, sanitize, *_contents()]
+    # The text stays, for reports of sanitizers and debuggers.
+    digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    source = CACHE / f"kernel-{digest}.cu"
+    if not source.exists():
+        with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(source)
+    for_all, for_kernels = SANITIZERS[sanitize]
+    objects = [str(_scheduler(file, sanitize)) for file in sorted(HERE.glob("*.cpp"))]
+    include = [f"-I{HERE}", f"-I{KERNELS}", "-isystem", str(headers())]
+    flags = [compiler(), *FLAGS, *for_all, *for_kernels, *include]
+    compile_ = [*flags, "-x", "c++", "-c", str(source), "-o", "DIR/kernel.o"]
+    link = [compiler(), "-shared", *for_kernels, "DIR/kernel.o", *objects, "-o", "OUT"]
+    return _load(_cached("kernel", ".so", key, [compile_, link]))
