@@ -24,6 +24,7 @@ from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import narrowed
 from lowbit.kernels.declare import Array, Bind, Kernel, Problem, Roundings, Run
+from lowbit.kernels.segments import refuse_common, segment_of
 from lowbit.kernels.words16 import Words16
 
 _SMALLEST = 2.0**-126  # below it the instructions see zero
@@ -36,7 +37,7 @@ def _spec(p: Problem) -> Spec:
     isa = operands.isa_of(p)
     # Tiles decode as fast for few rows, and have an order of their own: every m takes them.
     if isa.amx:
-        return gemm.for_tiles(spec, isa, m=p.m, segment=operands.segment_of(p), k=p.k)
+        return gemm.for_tiles(spec, isa, m=p.m, segment=segment_of(p), k=p.k)
     return spec
 
 
@@ -58,7 +59,7 @@ def _accepts(p: Problem) -> str | None:
     for value in p.w.element.values:
         if 0 < abs(value) < _SMALLEST or _LARGEST < abs(value) < math.inf:
             return f"{p.w.element.name} has {value:g}, which bfloat16 would lose"
-    return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
+    return refuse_common(p) or gemm.refuse(_spec(p), segment=segment_of(p), k=p.k)
 
 
 def _refuse_x(p: Problem) -> str | None:
@@ -88,11 +89,11 @@ def _cost(p: Problem) -> float:
     spec, folded = _spec(p), _folded(p)
     if folded is not None:
         return costs.seconds(p, folded.inner, folded.method, p.k, folded=True)
-    return costs.seconds(p, spec.inner, spec.method, operands.segment_of(p))
+    return costs.seconds(p, spec.inner, spec.method, segment_of(p))
 
 
 def _build(p: Problem) -> Bind:
-    scaled = product.bind(p, _spec(p), operands.segment_of(p))
+    scaled = product.bind(p, _spec(p), segment_of(p))
     spec = _folded(p)
     if spec is None:
         return scaled
@@ -155,7 +156,7 @@ def _range(fmt: Format) -> tuple[int, int]:
 
 
 def _roundings(p: Problem) -> Roundings:
-    segment = operands.segment_of(p)
+    segment = segment_of(p)
     segments = -(-p.k // segment)
     # One rounding each column, and in a tile two more for joining its even and odd columns; then
     # one fma each segment, and as for fma.

@@ -8,6 +8,7 @@ from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.declare import Bind, FusedBind, Kernel, Problem, Roundings
 from lowbit.kernels.layouts import WIDTHS, granule
+from lowbit.kernels.segments import refuse_common, segment_of
 
 
 def _spec(p: Problem) -> Spec:
@@ -24,7 +25,7 @@ def _segment(p: Problem) -> int | None:
     Longer runs between two changes of a scale are split evenly.
     """
     assert not isinstance(p.x, str)
-    segment = operands.segment_of(p)
+    segment = segment_of(p)
     longest = gemm.longest_segment(p.x.element, p.w.element, operands.zero_kind(p.w))
     if segment <= longest:
         return segment
@@ -43,12 +44,12 @@ def _accepts(p: Problem) -> str | None:
         return f"wants signed integers without zero point for x, got {p.x.name}"
     if not p.w.element.integral or isinstance(p.w.zero, str) or p.w.bias:
         return f"wants integers with integer zero points for w, got {p.w.name}"
-    refusal = operands.refuse_common(p)
+    refusal = refuse_common(p)
     if refusal is not None:
         return refusal
     segment = _segment(p)
     if segment is None:
-        return f"sums of {operands.segment_of(p)} products could overflow int32 and do not split"
+        return f"sums of {segment_of(p)} products could overflow int32 and do not split"
     return gemm.refuse(_spec(p), segment=segment, k=p.k)
 
 

@@ -7,6 +7,7 @@ from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
+from lowbit.kernels.segments import refuse_common, segment_of
 
 
 def _spec(p: Problem) -> Spec:
@@ -21,7 +22,7 @@ def _accepts(p: Problem) -> str | None:
     largest = _largest_integer(p)
     if largest > 2**24:
         return f"sums of whole numbers up to {largest:.3g} are not exact in float32"
-    return operands.refuse_common(p) or gemm.refuse(_spec(p), segment=operands.segment_of(p), k=p.k)
+    return refuse_common(p) or gemm.refuse(_spec(p), segment=segment_of(p), k=p.k)
 
 
 def _largest_integer(p: Problem) -> float:
@@ -37,20 +38,20 @@ def _largest_integer(p: Problem) -> float:
         if side.zero is not None:
             low, high = low - side.zero.max, high - side.zero.min
         ends.append(max(abs(low), abs(high)))
-    return operands.segment_of(p) * ends[0] * ends[1]
+    return segment_of(p) * ends[0] * ends[1]
 
 
 def _cost(p: Problem) -> float:
     spec = _spec(p)
-    return costs.seconds(p, spec.inner, spec.method, operands.segment_of(p))
+    return costs.seconds(p, spec.inner, spec.method, segment_of(p))
 
 
 def _build(p: Problem) -> Bind:
-    return product.bind(p, _spec(p), operands.segment_of(p))
+    return product.bind(p, _spec(p), segment_of(p))
 
 
 def _roundings(p: Problem) -> Roundings:
-    segment = operands.segment_of(p)
+    segment = segment_of(p)
     segments = -(-p.k // segment)
     # One fma each column of a segment, then one each segment; a block bias takes another one.
     count = segment + segments * (1 + p.w.bias)

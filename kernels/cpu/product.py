@@ -17,6 +17,7 @@ from lowbit.kernels.cpu.pool import address
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.tiles import TALL
 from lowbit.kernels.declare import NOT_FINITE, Array, Bind, Epilogue, Problem
+from lowbit.kernels.segments import blocks_of
 
 # Rows that lie a power of two apart would push each other out of the nearest cache.
 _APART = 64
@@ -30,7 +31,7 @@ def bind(p: Problem, spec: Spec, segment: int, dense: str | None = None) -> Bind
     left = _Left(p, compiled, segment, dense)
     blocks = 1
     if isinstance(p.x, Format):
-        blocks = operands.blocks_of(p.x.scale.block[1], segment, p.k)
+        blocks = blocks_of(p.x.scale.block[1], segment, p.k)
 
     # Scales that are folded into w's numbers change on their own.
     own = p.w.scale.block[1] if spec.folded else segment
@@ -106,7 +107,7 @@ class _Left:
             self.block = p.x.scale.block[1] or p.k
             self.blocks = -(-p.k // self.block)
             self.largest = p.x.element.max
-            self.repeat = operands.blocks_of(p.x.scale.block[1], segment, p.k)
+            self.repeat = blocks_of(p.x.scale.block[1], segment, p.k)
         source = _source(p, steps.x_type, dense)
         self.valued = isinstance(p.x, Format) and source == "float32" and dense is None
         self.arrangement = Arrangement(

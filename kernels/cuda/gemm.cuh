@@ -1,0 +1,457 @@
+// out[m, n] = activation(alpha * sum over k of x[m, k] w[n, k] + bias[n]) + residual[m, n] on tensor cores.
+//
+// w is the left operand of mma (16 of its rows), x the right one (8 of its rows), so few rows of x waste little.
+// Both tiles come by cp.async in their own packed form, as they lie in memory, and become operands in registers.
+//
+// In a block of 32 * Run columns lane t of four takes octets Run t .. Run t + Run - 1 of either operand:
+//
+//     columns    0 .. 7      8 .. 15     16 .. 23    24 .. 31        (Run = 1)
+//     lane       t = 0       t = 1       t = 2       t = 3
+//
+// It is the same permutation of k on both sides, so the sum does not notice.
+//
+// Scales: a segment is a run of columns that ends wherever a scale changes. Segmented kernels add up a segment
+// before its scales meet the sum, acc = fma(x_scale, w_scale * float(sum), acc); segments come in ascending order.
+// Folded ones multiply scales into w's numbers first, and takes blocks of any width.
+#pragma once
+#include "activation.cuh"
+#include "decode.cuh"
+
+namespace lb {
+
+// ---- tiles in shared memory --------------------------------------------------------------------------------
+// Rows lie so far apart that the lanes of a warp find their octets in different banks.
+LB_DEV constexpr int row_pitch(int bytes, int span) {
+    int pitch = (bytes + 15) / 16 * 16;
+    const int step = span < 16 || span % 16 || span >= 128 ? 16 : span;
+    while (pitch % 16 || (pitch % 128 / step) % 2 == 0 || pitch % 128 % step) pitch += 16;
+    return pitch;
+}
+template <class C> struct GemmTiles {
+    static constexpr int w_row = C::depth / 8 * C::w_octet, x_row = C::depth / 8 * C::x_octet;
+    static constexpr int w_pitch = row_pitch(w_row, 4 * C::run * C::w_octet), x_pitch = row_pitch(x_row, 4 * C::run * C::x_octet);
+    struct Stage {
+        alignas(16) u8 w[C::rows][w_pitch];
+        alignas(16) u8 x[C::columns][x_pitch];
+    };
+    Stage stage[C::stages];
+};
+
+// Rows first.. of a matrix to a tile; what lies outside of it is zero. Pieces of `Piece` bytes, to which both the
+// address and the pitch are aligned; of 1 byte they are plain copies.
+template <int Piece, int Rows, int RowBytes, int Pitch, int Threads>
+LB_DEV void fetch(u8 (&tile)[Rows][Pitch], const u8* matrix, long long pitch, int first, int rows, long long at, long long bytes) {
+    constexpr int pieces = RowBytes / Piece;
+    for (int i = threadIdx.x; i < Rows * pieces; i += Threads) {
+        const int r = i / pieces, c = i % pieces * Piece;
+        const long long left = first + r < rows ? bytes - (at + c) : 0;
+        const int valid = left <= 0 ? 0 : left < Piece ? int(left) : Piece;
+        const u8* from = matrix + (valid ? (first + r) * pitch + at + c : 0);
+        if constexpr (Piece >= 4) cp_async<Piece>(&tile[r][c], from, valid);
+        else tile[r][c] = valid ? *from : u8(0);
+    }
+}
+
+// Bytes of shared memory to words, by loads as wide as their number allows.
+template <int Bytes, int Words> LB_DEV void words_of(u32 (&words)[Words], const u8* from) {
+    static_assert(Words == (Bytes + 3) / 4, "words_of: too many or too few words");
+    if constexpr (Bytes % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < Bytes / 16; ++i) {
+            const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+    } else if constexpr (Bytes % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < Bytes / 8; ++i) {
+            const uint2 v = reinterpret_cast<const uint2*>(from)[i];
+            words[2 * i] = v.x, words[2 * i + 1] = v.y;
+        }
+    } else if constexpr (Bytes % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < Bytes / 4; ++i) words[i] = reinterpret_cast<const u32*>(from)[i];
+    } else {
+        constexpr int size = Bytes % 2 ? 1 : 2;
+#pragma unroll
+        for (int i = 0; i < Words; ++i) words[i] = 0;
+#pragma unroll
+        for (int i = 0; i < Bytes / size; ++i) {
+            const u32 piece = size == 2 ? reinterpret_cast<const unsigned short*>(from)[i] : from[i];
+            words[i * size / 4] |= piece << i * size % 4 * 8;
+        }
+    }
+}
+
+// ---- operands of x -----------------------------------------------------------------------------------------
+// Each gives `terms` operands that add up to x, in the order of w's: adjacent or spread; see decode.cuh.
+template <bool Adjacent> LB_DEV void order(u32 (&p)[4]) {  // from adjacent
+    if constexpr (!Adjacent) {
+        const u32 first = __byte_perm(p[0], p[2], 0x5410), second = __byte_perm(p[0], p[2], 0x7632);
+        const u32 third = __byte_perm(p[1], p[3], 0x5410), fourth = __byte_perm(p[1], p[3], 0x7632);
+        p[0] = first, p[1] = second, p[2] = third, p[3] = fourth;
+    }
+}
+template <class A, class B> constexpr bool same_type = false;
+template <class A> constexpr bool same_type<A, A> = true;
+
+template <class Op_, class Number> struct Dense {  // in Op's own numbers, or as a sum of them
+    using Op = Op_;
+    static constexpr bool same = same_type<Number, typename Op::Number>;
+    static constexpr int octet = 8 * int(sizeof(Number)), terms = same ? 1 : sizeof(Number) == 4 ? 3 : 2;
+    template <bool Adjacent, int Words> static LB_DEV void decode(u32 (&out)[terms][4], const u32 (&words)[Words]) {
+        if constexpr (same) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[0][j] = words[j];
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                float a, b;
+                if constexpr (sizeof(Number) == 4) a = bits<float>(words[2 * j]), b = bits<float>(words[2 * j + 1]);
+                else a = Half::low(words[j]), b = Half::high(words[j]);
+#pragma unroll
+                for (int term = 0; term < terms; ++term) {  // what one number leaves, the next one takes
+                    out[term][j] = Op::pack(a, b);
+                    a = rest(a, Op::low(out[term][j])), b = rest(b, Op::high(out[term][j]));
+                }
+            }
+        }
+#pragma unroll
+        for (int term = 0; term < terms; ++term) order<Adjacent>(out[term]);
+    }
+
+  private:
+    static LB_DEV float rest(float a, float taken) { return fabsf(a) < bits<float>(0x7f800000u) ? a - taken : 0.f; }
+};
+template <class Element> struct Coded {  // codes of a format
+    using Op = typename Element::Op;
+    static constexpr int octet = Element::Bits, terms = 1;
+    template <bool Adjacent, int Words> static LB_DEV void decode(u32 (&out)[1][4], const u32 (&words)[Words]) {
+        u32 low, high;
+        lb::octet<Element::Bits>(low, high, words, 0);
+        Element::decode(out[0], low, high);
+        if constexpr (Element::adjacent) order<Adjacent>(out[0]);
+        else if constexpr (Adjacent) {
+            const u32 (&p)[4] = out[0];
+            const u32 first = __byte_perm(p[0], p[1], 0x5410), second = __byte_perm(p[2], p[3], 0x5410);
+            const u32 third = __byte_perm(p[0], p[1], 0x7632), fourth = __byte_perm(p[2], p[3], 0x7632);
+            out[0][0] = first, out[0][1] = second, out[0][2] = third, out[0][3] = fourth;
+        }
+    }
+};
+template <int Bits> struct CodedBytes {  // of signed whole numbers
+    static constexpr int octet = Bits, terms = 1;
+    template <bool Alternating, int Words> static LB_DEV void decode(u32 (&out)[1][2], const u32 (&words)[Words]) {
+        u32 low, high;
+        lb::octet<Bits>(low, high, words, 0);
+        Bytes<Bits, true>::decode(out[0], low, high);
+        if constexpr (Alternating != Bytes<Bits, true>::alternating) {
+            const u32 a = out[0][0], b = out[0][1];
+            out[0][0] = __byte_perm(a, b, Alternating ? 0x6420 : 0x5140);
+            out[0][1] = __byte_perm(a, b, Alternating ? 0x7531 : 0x7362);
+        }
+    }
+};
+
+// ---- operands of w -------------------------------------------------------------------------------------------
+// Numbers, with integer zero points taken off: exact.
+template <class Element_, bool Zeros> struct Numbers {
+    using Element = Element_;
+    using Op = typename Element::Op;
+    using Sum = float;
+    static constexpr int octet = Element::Bits, registers = 4, steps = 2;
+    static constexpr bool order = Element::adjacent;
+    template <int Words> static LB_DEV void decode(u32 (&out)[4], const u32 (&words)[Words], int i, float zero) {
+        u32 low, high;
+        lb::octet<Element::Bits>(low, high, words, i);
+        Element::decode(out, low, high);
+        if constexpr (Zeros) {
+            const u32 minus = Op::pack(-zero, -zero);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[j] = Op::fma(out[j], twice(Op::power(0)), minus);
+        }
+    }
+    static LB_DEV void multiply(float (&c)[4], const u32 (&first)[4], const u32 (&second)[4], const u32 (&x)[4]) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+            const u32 a[4] = {first[2 * s], second[2 * s], first[2 * s + 1], second[2 * s + 1]}, b[2] = {x[2 * s], x[2 * s + 1]};
+            Op::mma(c, a, b);
+        }
+    }
+};
+// Whole numbers whose sums are exact; `Unsigned` ones of 8 bits have an instruction of their own.
+template <class Element_, bool Unsigned> struct Wholes {
+    using Element = Element_;
+    using Sum = int;
+    static constexpr int octet = Element::Bits, registers = 2, steps = 1;
+    static constexpr bool order = Element::alternating;
+    template <int Words> static LB_DEV void decode(u32 (&out)[2], const u32 (&words)[Words], int i, float) {
+        u32 low, high;
+        lb::octet<Element::Bits>(low, high, words, i);
+        Element::decode(out, low, high);
+    }
+    static LB_DEV void multiply(int (&c)[4], const u32 (&first)[2], const u32 (&second)[2], const u32 (&x)[2]) {
+        const u32 a[4] = {first[0], second[0], first[1], second[1]};
+        if constexpr (Unsigned) mma_m16n8k32_u8s8(c, a, x);
+        else mma_m16n8k32_s8(c, a, x);
+    }
+};
+// Every number scaled before it is rounded to Op's: for blocks that are too short for sums of their own.
+template <class Element_, class Blocks> struct Folded {
+    using Element = Element_;
+    using Op = typename Element::Op;
+    using Sum = float;
+    static constexpr int octet = Element::Bits, registers = 4, steps = 2;
+    static constexpr bool order = Element::adjacent;
+    template <int Words>
+    static LB_DEV void decode(u32 (&out)[4], const u32 (&words)[Words], int i, const Blocks& blocks, int row, int column) {
+        u32 low, high;
+        lb::octet<Element::Bits>(low, high, words, i);
+        Element::decode(out, low, high);
+        float scale, zero, bias;
+        if (column >= blocks.columns) return;  // x is zero there
+        blocks.load(scale, zero, bias, row, column);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int a = order ? 2 * j : j, b = order ? 2 * j + 1 : j + 4;
+            if (!Blocks::octets) blocks.load(scale, zero, bias, row, column + a);
+            const float first = fmaf(Op::low(out[j]) - zero, scale, bias);
+            if (!Blocks::octets) blocks.load(scale, zero, bias, row, column + b);
+            out[j] = Op::pack(first, fmaf(Op::high(out[j]) - zero, scale, bias));
+        }
+    }
+    static LB_DEV void multiply(float (&c)[4], const u32 (&first)[4], const u32 (&second)[4], const u32 (&x)[4]) {
+        Numbers<Element, false>::multiply(c, first, second, x);
+    }
+};
+
+// ---- scales --------------------------------------------------------------------------------------------------
+// Of a weight: a float dtype, or codes of an element; see emit.py. Blocks lie in rows, `pitch` of them each.
+template <class Scale, class Zero, bool Biases, bool Octets> struct WeightBlocks {
+    static constexpr bool octets = Octets;  // no block ends within an octet
+    const typename Scale::Stored *scales, *biases;
+    const typename Zero::Stored* zeros;
+    int pitch, rows, width, columns;  // of a block: rows, columns; columns of all
+    LB_DEV void load(float& scale, float& zero, float& bias, int row, int column) const {
+        const int block = column < columns ? column / width : 0;
+        const long long at = (long long)(row / rows) * pitch + block;
+        scale = Scale::load(scales[at]);
+        zero = Zero::present ? Zero::load(zeros[at]) : 0.f;
+        bias = Biases ? Scale::load(biases[at]) : 0.f;
+    }
+};
+
+// ---- the kernel ------------------------------------------------------------------------------------------------
+// Past the first-level cache, which does not see what other multiprocessors write.
+template <class T> LB_DEV T load_through(const T* p) { return *static_cast<const volatile T*>(p); }
+
+template <class C>
+__global__ void __launch_bounds__(C::threads, C::resident)
+gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long long w_pitch,
+     const typename C::Scale::Stored* __restrict__ scales, const typename C::Zero::Stored* __restrict__ zeros,
+     const typename C::Scale::Stored* __restrict__ biases, int scale_pitch, int block_rows, int block_columns,
+     const typename C::XScale::Stored* __restrict__ x_scales, int x_scale_pitch, int x_block_rows, int x_block_columns,
+     const float* __restrict__ w_factor, const float* __restrict__ x_factor, double alpha,
+     const float* __restrict__ bias, const typename C::Residual* __restrict__ residual, long long residual_pitch,
+     typename C::Out* __restrict__ out, long long out_pitch, typename C::W::Sum* __restrict__ partial, int* __restrict__ arrived,
+     int M, int N, int K, int segment) {
+    using W = typename C::W;
+    using X = typename C::X;
+    using Sum = typename W::Sum;
+    using Tiles = GemmTiles<C>;
+    constexpr int WT = C::w_tiles, XT = C::x_tiles, run = C::run, block = 32 * run, blocks = C::depth / block;
+    constexpr int w_words = (run * W::octet + 3) / 4, x_words = (X::octet + 3) / 4;
+    constexpr bool segmented = C::segments;
+    Tiles& tiles = dynamic_shared<Tiles>();
+    const int g = lane() / 4, t = lane() % 4;
+    const int w0 = int(warp()) % C::w_warps * WT * 16, x0 = int(warp()) / C::w_warps * XT * 8;
+    const int n0 = blockIdx.x * C::rows, m0 = blockIdx.y * C::columns;
+
+    // This block's share of the columns, in stages.
+    const int stages = (K + C::depth - 1) / C::depth, share = (stages + int(gridDim.z) - 1) / int(gridDim.z);
+    const int begin = int(blockIdx.z) * share, end = min(stages, begin + share);
+    const long long w_bytes = ((long long)K * W::octet + 7) / 8, x_bytes = ((long long)K * X::octet + 7) / 8;
+    auto load = [&](int stage) {
+        auto& to = tiles.stage[stage % C::stages];
+        fetch<C::w_piece, C::rows, Tiles::w_row, Tiles::w_pitch, C::threads>(to.w, w, w_pitch, n0, N, (long long)stage * Tiles::w_row, w_bytes);
+        fetch<C::x_piece, C::columns, Tiles::x_row, Tiles::x_pitch, C::threads>(to.x, x, x_pitch, m0, M, (long long)stage * Tiles::x_row, x_bytes);
+    };
+#pragma unroll
+    for (int s = 0; s < C::stages - 1; ++s) {
+        if (begin + s < end) load(begin + s);
+        cp_async_commit();
+    }
+
+    const typename C::Blocks w_blocks{scales, biases, zeros, scale_pitch, block_rows, block_columns, K};
+    auto row_of = [&](int wt, int half) { return min(n0 + w0 + wt * 16 + half * 8 + g, N - 1); };
+    // Scales and zero points of a segment, brought while the one before is multiplied.
+    float scale[WT][2], zero[WT][2], next_scale[WT][2], next_zero[WT][2];
+    auto look_ahead = [&](int column) {
+#pragma unroll
+        for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float none;
+                w_blocks.load(next_scale[wt][half], next_zero[wt][half], none, row_of(wt, half), column);
+            }
+    };
+    auto advance = [&](int column) {
+#pragma unroll
+        for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) scale[wt][half] = next_scale[wt][half], zero[wt][half] = next_zero[wt][half];
+        if (column < K) look_ahead(column);
+    };
+
+    float acc[WT][XT][4] = {};
+    Sum sum[WT][XT][4] = {};
+    [[maybe_unused]] Sum ones[XT][4] = {};  // sums of x, where zero points are taken off afterwards
+    auto flush = [&](int column) {  // of the segment that this column is in
+#pragma unroll
+        for (int xt = 0; xt < XT; ++xt) {
+            float left[2] = {1.f, 1.f};
+            if constexpr (C::x_scaled) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int m = min(m0 + x0 + xt * 8 + t * 2 + j, M - 1);
+                    left[j] = C::XScale::load(x_scales[(long long)(m / x_block_rows) * x_scale_pitch + column / x_block_columns]);
+                }
+            }
+#pragma unroll
+            for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    Sum whole = sum[wt][xt][i];
+                    if constexpr (C::x_sums) whole -= ones[xt][i % 2] * Sum(zero[wt][i / 2]);
+                    const float scaled = __fmul_rn(scale[wt][i / 2], float(whole));
+                    acc[wt][xt][i] = C::x_scaled ? __fmaf_rn(left[i % 2], scaled, acc[wt][xt][i])
+                                                 : __fmaf_rn(scale[wt][i / 2], float(whole), acc[wt][xt][i]);
+                    sum[wt][xt][i] = 0;
+                }
+            if constexpr (C::x_sums)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) ones[xt][i] = 0;
+        }
+    };
+
+    int ends = 0;  // column at which the present segment ends
+    if constexpr (segmented) {
+        const int first = begin * C::depth;
+        look_ahead(first);  // no share is empty
+        ends = (first / segment + 1) * segment;
+        advance(ends);
+    }
+    for (int stage = begin; stage < end; ++stage) {
+        cp_async_wait<C::stages - 2>();
+        __syncthreads();
+        if (stage + C::stages - 1 < end) load(stage + C::stages - 1);
+        cp_async_commit();
+
+        const auto& from = tiles.stage[stage % C::stages];
+#pragma unroll
+        for (int b = 0; b < blocks; ++b) {
+            const int column = stage * C::depth + b * block;
+            if constexpr (segmented) {
+                if (column == ends && column < K) {
+                    flush(column - 1);
+                    ends += segment;
+                    advance(ends);
+                }
+            }
+            const int octet = b * 4 * run + run * t;
+            u32 packed[WT][2][w_words];
+#pragma unroll
+            for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) words_of<run * W::octet>(packed[wt][half], &from.w[w0 + wt * 16 + half * 8 + g][octet * W::octet]);
+#pragma unroll
+            for (int i = 0; i < run; ++i) {
+                u32 a[WT][2][W::registers];
+#pragma unroll
+                for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        if constexpr (segmented) W::decode(a[wt][half], packed[wt][half], i, zero[wt][half]);
+                        else W::decode(a[wt][half], packed[wt][half], i, w_blocks, row_of(wt, half), column + (run * t + i) * 8);
+                    }
+#pragma unroll
+                for (int xt = 0; xt < XT; ++xt) {
+                    u32 given[x_words], p[X::terms][W::registers];
+                    words_of<X::octet>(given, &from.x[x0 + xt * 8 + g][(octet + i) * X::octet]);
+                    X::template decode<W::order>(p, given);
+#pragma unroll
+                    for (int term = 0; term < X::terms; ++term) {
+#pragma unroll
+                        for (int wt = 0; wt < WT; ++wt) W::multiply(sum[wt][xt], a[wt][0], a[wt][1], p[term]);
+                        if constexpr (C::x_sums) {
+                            constexpr u32 one = 0x01010101u;
+                            const u32 all[2] = {one, one};
+                            Wholes<Bytes<8, true>, false>::multiply(ones[xt], all, all, p[term]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    cp_async_wait<0>();
+    if constexpr (!C::partial_sums) {
+        if constexpr (segmented) flush(min(ends, K) - 1);
+        else
+#pragma unroll
+            for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+                for (int xt = 0; xt < XT; ++xt)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) acc[wt][xt][i] = sum[wt][xt][i];
+    }
+
+    // What a lane holds: rows g and g + 8 of w's tile, columns 2 t and 2 t + 1 of x's.
+    auto each = [&](auto use) {
+#pragma unroll
+        for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+            for (int xt = 0; xt < XT; ++xt)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int n = n0 + w0 + wt * 16 + i / 2 * 8 + g, m = m0 + x0 + xt * 8 + t * 2 + i % 2;
+                    if (m < M && n < N) use(wt, xt, i, m, n);
+                }
+    };
+    if (gridDim.z > 1) {
+        const long long size = (long long)M * N;
+        each([&](int wt, int xt, int i, int m, int n) {
+            partial[blockIdx.z * size + (long long)m * N + n] = C::partial_sums ? sum[wt][xt][i] : Sum(acc[wt][xt][i]);
+        });
+        // The last block of a tile to arrive adds the shares in ascending order.
+        int& ticket = static_shared<int>();
+        __threadfence();
+        __syncthreads();
+        int& counter = arrived[blockIdx.y * gridDim.x + blockIdx.x];
+        if (threadIdx.x == 0) ticket = atomicAdd(&counter, 1);
+        __syncthreads();
+        if (ticket != int(gridDim.z) - 1) return;
+        __threadfence();
+        if (threadIdx.x == 0) counter = 0;  // for the next launch
+        each([&](int wt, int xt, int i, int m, int n) {
+            Sum total = 0;
+            for (int z = 0; z < int(gridDim.z); ++z) total += load_through(&partial[z * size + (long long)m * N + n]);
+            if constexpr (C::partial_sums) sum[wt][xt][i] = total;
+            else acc[wt][xt][i] = float(total);
+        });
+    }
+    if constexpr (C::partial_sums) flush(K - 1);
+
+    double factor = alpha;
+    if constexpr (C::w_factor) factor *= double(*w_factor);
+    if constexpr (C::x_factor) factor *= double(*x_factor);
+    const float times = float(factor);
+    each([&](int wt, int xt, int i, int m, int n) {
+        float v = acc[wt][xt][i];
+        if constexpr (C::bias) v = __fmaf_rn(times, v, bias[n]);
+        else v = __fmul_rn(times, v);
+        v = activate<C::activation>(v);
+        if constexpr (C::residual) v = __fadd_rn(v, C::widen(residual[m * residual_pitch + n]));
+        out[m * out_pitch + n] = C::narrow(v);
+    });
+}
+
+}  // namespace lb
