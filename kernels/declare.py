@@ -15,6 +15,16 @@ from lowbit.formats import Format
 Array = npt.NDArray[Any]
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ACTIVATION_ERROR = {
+    None: (0.0, 0.0),
+    "relu": (0.0, 0.0),
+    "gelu": (8 * 2.0**-24, 2.0**-140),
+    "gelu_tanh": (5 * 2.0**-24, 2.0**-140),
+    "silu": (5 * 2.0**-24, 2.0**-140),
+}
+"""name: (relative, absolute); |computed - exact| <= relative * |exact| + absolute, for every
+float32 argument. Measured over all of 2**-30 <= |x| < 2**8, where the worst were 7.7, 4.1 and 4.1
+times 2**-24, and over every 509th elsewhere (float64 erfc and exp of torch)."""
 
 
 @dataclass(frozen=True, slots=True)

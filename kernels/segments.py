@@ -6,6 +6,10 @@ import math
 
 from lowbit.kernels.declare import Problem
 
+# alpha * tensor scales is a product of float64 rounded once, the bias is rounded to float32, and
+# one fma joins the three.
+FINAL_ROUNDINGS = 3
+
 
 def segment_of(problem: Problem) -> int:
     """Columns between any two changes of a scale; K where nothing changes."""

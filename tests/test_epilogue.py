@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from lowbit.formats.declare import integer
 from lowbit.kernels.cpu import gemm
-from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.isa import Isa, runnable
 from lowbit.kernels.cpu.spec import Spec
+from lowbit.kernels.declare import ACTIVATION_ERROR
 from lowbit.kernels.reference import activate
 
 Array = npt.NDArray[Any]

@@ -20,11 +20,10 @@ from lowbit.formats import Element, Format
 from lowbit.formats.reference import Packed
 from lowbit.kernels import layouts
 from lowbit.kernels.cpu import costs, gemm, operands, product
-from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
 from lowbit.kernels.cpu.steps import narrowed
-from lowbit.kernels.declare import Array, Bind, Kernel, Problem, Roundings, Run
-from lowbit.kernels.segments import refuse_common, segment_of
+from lowbit.kernels.declare import ACTIVATION_ERROR, Array, Bind, Kernel, Problem, Roundings, Run
+from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common, segment_of
 from lowbit.kernels.words16 import Words16
 
 _SMALLEST = 2.0**-126  # below it the instructions see zero
@@ -170,7 +169,7 @@ def _roundings(p: Problem) -> Roundings:
     order = "pairs of bfloat16 in the instruction's order, then segments ascending by fma"
     return Roundings(
         "float32",
-        count + operands.FINAL_ROUNDINGS,
+        count + FINAL_ROUNDINGS,
         order if exact else f"values rounded to bfloat16, then {order}",
         ACTIVATION_ERROR[p.activation],
         weight=0.0 if exact else 2.0**-8,

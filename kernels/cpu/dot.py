@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from lowbit.kernels.cpu import costs, gemm, operands, product
-from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.spec import Spec
-from lowbit.kernels.declare import Bind, FusedBind, Kernel, Problem, Roundings
+from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, FusedBind, Kernel, Problem, Roundings
 from lowbit.kernels.layouts import WIDTHS, granule
-from lowbit.kernels.segments import refuse_common, segment_of
+from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common, segment_of
 
 
 def _spec(p: Problem) -> Spec:
@@ -80,7 +79,7 @@ def _roundings(p: Problem) -> Roundings:
     # int32 to float32, w_scale * that, one fma each segment.
     return Roundings(
         "float32",
-        2 + -(-p.k // segment) + operands.FINAL_ROUNDINGS,
+        2 + -(-p.k // segment) + FINAL_ROUNDINGS,
         "exact integer sums, then segments ascending by fma",
         ACTIVATION_ERROR[p.activation],
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from lowbit.formats import Format
 from lowbit.kernels.cpu import costs, gemm, operands, product
-from lowbit.kernels.cpu.activation import ACTIVATION_ERROR
 from lowbit.kernels.cpu.spec import Spec
-from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
-from lowbit.kernels.segments import refuse_common, segment_of
+from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Kernel, Problem, Roundings
+from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common, segment_of
 
 
 def _spec(p: Problem) -> Spec:
@@ -61,7 +60,7 @@ def _roundings(p: Problem) -> Roundings:
         count += 1 + isinstance(p.x.zero, str)
     return Roundings(
         "float32",
-        count + operands.FINAL_ROUNDINGS,
+        count + FINAL_ROUNDINGS,
         "k ascending by fma, then segments ascending by fma",
         ACTIVATION_ERROR[p.activation],
     )

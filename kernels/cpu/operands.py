@@ -19,9 +19,6 @@ from lowbit.kernels.words16 import Words16
 
 FLOAT32 = np.dtype(np.float32)
 LARGEST = float(np.finfo(np.float32).max)
-# alpha * tensor scales is a product of float64 rounded once, the bias is rounded to float32, and
-# one fma joins the three.
-FINAL_ROUNDINGS = 3
 FEW = 4
 """Rows of x for which codes are decoded in registers, again for every such few rows."""
 

@@ -94,7 +94,7 @@ template <bool Adjacent> LB_DEV void order(u32 (&p)[4]) {  // from adjacent
 template <class A, class B> constexpr bool same_type = false;
 template <class A> constexpr bool same_type<A, A> = true;
 
-template <class Op_, class Number> struct Dense {  // in Op's own numbers, or as a sum of them
+template <class Op_, class Number> struct Dense {  // in Op's own numbers, or as a sum of bfloat16 ones
     using Op = Op_;
     static constexpr bool same = same_type<Number, typename Op::Number>;
     static constexpr int octet = 8 * int(sizeof(Number)), terms = same ? 1 : sizeof(Number) == 4 ? 3 : 2;
@@ -110,7 +110,7 @@ template <class Op_, class Number> struct Dense {  // in Op's own numbers, or as
                 else a = Half::low(words[j]), b = Half::high(words[j]);
 #pragma unroll
                 for (int term = 0; term < terms; ++term) {  // what one number leaves, the next one takes
-                    out[term][j] = Op::pack(a, b);
+                    out[term][j] = __byte_perm(bits<u32>(a), bits<u32>(b), 0x7632);  // cut, which never overflows
                     a = rest(a, Op::low(out[term][j])), b = rest(b, Op::high(out[term][j]));
                 }
             }
@@ -120,7 +120,7 @@ template <class Op_, class Number> struct Dense {  // in Op's own numbers, or as
     }
 
   private:
-    static LB_DEV float rest(float a, float taken) { return fabsf(a) < bits<float>(0x7f800000u) ? a - taken : 0.f; }
+    static LB_DEV float rest(float a, float taken) { return fabsf(a) == bits<float>(0x7f800000u) ? 0.f : a - taken; }
 };
 template <class Element> struct Coded {  // codes of a format
     using Op = typename Element::Op;
@@ -260,7 +260,6 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
     using Tiles = GemmTiles<C>;
     constexpr int WT = C::w_tiles, XT = C::x_tiles, run = C::run, block = 32 * run, blocks = C::depth / block;
     constexpr int w_words = (run * W::octet + 3) / 4, x_words = (X::octet + 3) / 4;
-    constexpr bool segmented = C::segments;
     Tiles& tiles = dynamic_shared<Tiles>();
     const int g = lane() / 4, t = lane() % 4;
     const int w0 = int(warp()) % C::w_warps * WT * 16, x0 = int(warp()) / C::w_warps * XT * 8;
@@ -283,7 +282,7 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
 
     const typename C::Blocks w_blocks{scales, biases, zeros, scale_pitch, block_rows, block_columns, K};
     auto row_of = [&](int wt, int half) { return min(n0 + w0 + wt * 16 + half * 8 + g, N - 1); };
-    // Scales and zero points of a segment, brought while the one before is multiplied.
+    // Scales and zero points of a segment, brought while the one before is multiplied. Folded scales are in w already.
     float scale[WT][2], zero[WT][2], next_scale[WT][2], next_zero[WT][2];
     auto look_ahead = [&](int column) {
 #pragma unroll
@@ -291,7 +290,8 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float none;
-                w_blocks.load(next_scale[wt][half], next_zero[wt][half], none, row_of(wt, half), column);
+                if constexpr (C::folded) next_scale[wt][half] = 1.f, next_zero[wt][half] = 0.f;
+                else w_blocks.load(next_scale[wt][half], next_zero[wt][half], none, row_of(wt, half), column);
             }
     };
     auto advance = [&](int column) {
@@ -333,13 +333,9 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
         }
     };
 
-    int ends = 0;  // column at which the present segment ends
-    if constexpr (segmented) {
-        const int first = begin * C::depth;
-        look_ahead(first);  // no share is empty
-        ends = (first / segment + 1) * segment;
-        advance(ends);
-    }
+    look_ahead(begin * C::depth);  // no share is empty
+    int ends = (begin * C::depth / segment + 1) * segment;  // of the present segment
+    advance(ends);
     for (int stage = begin; stage < end; ++stage) {
         cp_async_wait<C::stages - 2>();
         __syncthreads();
@@ -350,12 +346,10 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
 #pragma unroll
         for (int b = 0; b < blocks; ++b) {
             const int column = stage * C::depth + b * block;
-            if constexpr (segmented) {
-                if (column == ends && column < K) {
-                    flush(column - 1);
-                    ends += segment;
-                    advance(ends);
-                }
+            if (column == ends && column < K) {
+                flush(column - 1);
+                ends += segment;
+                advance(ends);
             }
             const int octet = b * 4 * run + run * t;
             u32 packed[WT][2][w_words];
@@ -370,8 +364,8 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
                 for (int wt = 0; wt < WT; ++wt)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        if constexpr (segmented) W::decode(a[wt][half], packed[wt][half], i, zero[wt][half]);
-                        else W::decode(a[wt][half], packed[wt][half], i, w_blocks, row_of(wt, half), column + (run * t + i) * 8);
+                        if constexpr (C::folded) W::decode(a[wt][half], packed[wt][half], i, w_blocks, row_of(wt, half), column + (run * t + i) * 8);
+                        else W::decode(a[wt][half], packed[wt][half], i, zero[wt][half]);
                     }
 #pragma unroll
                 for (int xt = 0; xt < XT; ++xt) {
@@ -393,16 +387,7 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
         }
     }
     cp_async_wait<0>();
-    if constexpr (!C::partial_sums) {
-        if constexpr (segmented) flush(min(ends, K) - 1);
-        else
-#pragma unroll
-            for (int wt = 0; wt < WT; ++wt)
-#pragma unroll
-                for (int xt = 0; xt < XT; ++xt)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) acc[wt][xt][i] = sum[wt][xt][i];
-    }
+    if constexpr (!C::partial_sums) flush(min(ends, K) - 1);
 
     // What a lane holds: rows g and g + 8 of w's tile, columns 2 t and 2 t + 1 of x's.
     auto each = [&](auto use) {

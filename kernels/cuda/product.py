@@ -1,0 +1,267 @@
+"""Products on tensor cores: one class of them as C++ text, bound to a weight, launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lowbit.formats import Format
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda import emit, launch, tiles
+from lowbit.kernels.cuda.launch import Machine, Source
+from lowbit.kernels.cuda.tiles import Tile
+from lowbit.kernels.declare import Array, Bind, Epilogue, Problem, Run
+
+MOST_COLUMNS = 2**30  # and a row of blocks fits an int; column numbers do too
+_USUAL = 64
+_DENSE = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is compiled into a kernel; sizes, pitches and block shapes are arguments."""
+
+    method: str
+    """"segments": sums of a segment meet their scales. "folded": w's numbers do. "integer":
+    segments of whole numbers, exactly."""
+    operand: str
+    """"Half" or "Bfloat16", what tensor cores multiply; "Byte" for whole numbers."""
+    x: Format | str
+    w: Format
+    tile: Tile
+    run: int
+    """Octets that lie side by side in a lane's hands."""
+    out: str
+    bias: bool = False
+    activation: str | None = None
+    residual: str | None = None
+    octets: bool = True
+    """No block of w ends within an octet of columns."""
+    partial_sums: bool = False
+    """Shares of the columns are added up before scales meet the sum."""
+    w_piece: int = 16
+    """Bytes that w is brought in at a time, to which its rows are aligned."""
+    x_piece: int = 16
+
+    @property
+    def w_octet(self) -> int:
+        """Bytes of eight codes of w."""
+        return self.w.element.bits
+
+    @property
+    def x_octet(self) -> int:
+        """Bytes of eight numbers of x."""
+        return octet_bytes(self.x)
+
+    @property
+    def stage(self) -> int:
+        """Bytes of shared memory of a stage."""
+        return tiles.stage_bytes(self.tile, self.run, self.w_octet, self.x_octet)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return tiles.stages_for(self.tile, self.stage)
+
+
+def octet_bytes(x: Format | str) -> int:
+    """Bytes of eight numbers of x."""
+    return _DENSE[x] if isinstance(x, str) else x.element.bits
+
+
+def source(spec: Spec) -> Source:
+    """The kernel of a class of products."""
+    tile, w, x = spec.tile, spec.w, spec.x
+    before, of_w, of_x = _operands(spec)
+    x_scale = "float32" if isinstance(x, str) else x.scale.element
+    values: dict[str, object] = {
+        "threads": tile.threads,
+        "resident": 1,
+        "rows": tile.rows,
+        "columns": tile.columns,
+        "depth": tile.depth,
+        "stages": spec.stages,
+        "run": spec.run,
+        "w_tiles": tile.w_tiles,
+        "x_tiles": tile.x_tiles,
+        "w_warps": tile.w_warps,
+        "w_octet": spec.w_octet,
+        "x_octet": spec.x_octet,
+        "w_piece": spec.w_piece,
+        "x_piece": spec.x_piece,
+    }
+    flags = {
+        "folded": spec.method == "folded",
+        "x_scaled": isinstance(x, Format),
+        "x_sums": spec.method == "integer" and w.zero is not None,
+        "partial_sums": spec.partial_sums,
+        "w_factor": w.tensor_scale,
+        "x_factor": isinstance(x, Format) and x.tensor_scale,
+        "bias": spec.bias,
+        "residual": spec.residual is not None,
+    }
+    fields = [f"    static constexpr int {name} = {value};\n" for name, value in values.items()]
+    fields += [
+        f"    static constexpr bool {name} = {str(value).lower()};\n"
+        for name, value in flags.items()
+    ]
+    text = (
+        '#include "gemm.cuh"\n'
+        + before
+        + emit.scale(w.scale.element, "WeightScale")
+        + emit.scale(x_scale, "LeftScale")
+        + emit.zero(w, "WeightZero")
+        + "struct Config {\n"
+        + "    using Scale = WeightScale;\n    using XScale = LeftScale;\n    using Zero = WeightZero;\n"
+        + f"    using Blocks = lb::WeightBlocks<Scale, Zero, {str(w.bias).lower()}, {str(spec.octets).lower()}>;\n"
+        + f"    using W = {of_w};\n    using X = {of_x};\n"
+        + f"    using Out = {emit.NUMBERS[spec.out]};\n"
+        + f"    using Residual = {emit.NUMBERS[spec.residual or 'float32']};\n"
+        + "".join(fields)
+        + f"    static constexpr lb::Activation activation = lb::Activation::{spec.activation or 'none'};\n"
+        + emit.widen(spec.residual or "float32")
+        + emit.narrow(spec.out)
+        + "};\n"
+    )
+    return Source(text, "lb::gemm<Config>", tile.threads, spec.stage * spec.stages)
+
+
+def _operands(spec: Spec) -> tuple[str, str, str]:
+    """Text to declare before, and the types that w and x become operands by."""
+    w, x = spec.w, spec.x
+    if spec.method == "integer":
+        assert isinstance(x, Format)
+        unsigned = w.element.bits == 8 and emit.whole(w.element) is False
+        return (
+            "",
+            f"lb::Wholes<{emit.octets(w.element)}, {str(unsigned).lower()}>",
+            f"lb::CodedBytes<{x.element.bits}>",
+        )
+    before, element = emit.numbers(w.element, spec.operand, "WeightTable")
+    if spec.method == "folded":
+        of_w = f"lb::Folded<{element}, Blocks>"
+    else:
+        of_w = f"lb::Numbers<{element}, {str(w.zero is not None).lower()}>"
+    if isinstance(x, str):
+        return before, of_w, f"lb::Dense<lb::{spec.operand}, {emit.NUMBERS[x]}>"
+    more, coded = emit.numbers(x.element, spec.operand, "LeftTable")
+    return before + more, of_w, f"lb::Coded<{coded}>"
+
+
+def run_of(segment: int, k: int) -> int:
+    """Octets side by side: two where a segment has room for them."""
+    return 2 if segment >= k or segment % 64 == 0 else 1
+
+
+def piece_of(address: int, pitch: int, row: int) -> int:
+    """Bytes that rows can be brought in at a time: 16, 8, 4 or, by plain copies, 1."""
+    common = address | pitch | 16
+    found = min(common & -common, 16)
+    while row % found:
+        found //= 2
+    return found if found >= 4 else 1
+
+
+@lru_cache(maxsize=4096)
+def _function(machine: Machine, spec: Spec) -> launch.Function:
+    return machine.function(source(spec))
+
+
+def bind(p: Problem, spec: Spec, segment: int) -> Bind:
+    """Bind a class of products, pieces aside, to weights."""
+    tile, shares = spec.tile, shares_of(p, spec)
+    grid = (-(-p.n // tile.rows), -(-p.m // tile.columns), shares)
+    sums = np.int32 if spec.method == "integer" else np.float32
+    w_row, x_row = tile.depth // 8 * spec.w_octet, tile.depth // 8 * spec.x_octet
+
+    def to(w: Packed) -> Run:
+        machine = launch.machine_of(w.codes)
+        codes = w.codes.view(np.uint8)
+        pitch = codes.strides[0]
+        bound = replace(spec, w_piece=piece_of(machine.address(codes), pitch, w_row))
+        absent = w.scales  # stands where an operand is not there: never read
+        rows, columns = (
+            size or length for size, length in zip(w.format.scale.block, w.matrix, strict=True)
+        )
+        weight = (
+            codes,
+            np.int64(pitch),
+            w.scales,
+            absent if w.zeros is None else w.zeros,
+            absent if w.biases is None else w.biases,
+            np.int32(w.scales.shape[-1]),
+            np.int32(rows),
+            np.int32(columns),
+        )
+        factor = absent if w.tensor_scale is None else w.tensor_scale
+        sizes = (np.int32(p.m), np.int32(p.n), np.int32(p.k), np.int32(segment))
+
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            given, left, x_factor = _left(x, absent)
+            x_pitch = given.strides[0]
+            piece = piece_of(machine.address(given), x_pitch, x_row)
+            function = _function(machine, replace(bound, x_piece=piece))
+            partial = arrived = absent
+            if shares > 1:
+                partial = machine.empty((shares, p.m, p.n), sums)
+                arrived = machine.zeros((grid[0] * grid[1],), np.int32)
+            residual = epilogue.residual
+            function(
+                grid,
+                (tile.threads,),
+                (
+                    given,
+                    np.int64(x_pitch),
+                    *weight,
+                    *left,
+                    factor,
+                    x_factor,
+                    np.float64(epilogue.alpha),
+                    absent if epilogue.bias is None else epilogue.bias,
+                    absent if residual is None else residual,
+                    np.int64(0 if residual is None else residual.strides[0] // residual.itemsize),
+                    out,
+                    np.int64(out.strides[0] // out.itemsize),
+                    partial,
+                    arrived,
+                    *sizes,
+                ),
+                shared_mem=spec.stage * spec.stages,
+            )
+
+        return run
+
+    return to
+
+
+def _left(x: Any, absent: Array) -> tuple[Array, tuple[Any, ...], Array]:
+    """x's numbers, as rows without gaps; its scales and their blocks; its tensor scale."""
+    if not isinstance(x, Packed):
+        return _rows(x), (absent, np.int32(0), np.int32(1), np.int32(1)), absent
+    rows, columns = (
+        size or length for size, length in zip(x.format.scale.block, x.matrix, strict=True)
+    )
+    scales = x.scales
+    left = (scales, np.int32(scales.shape[-1]), np.int32(rows), np.int32(columns))
+    return _rows(x.codes.view(np.uint8)), left, absent if x.tensor_scale is None else x.tensor_scale
+
+
+def _rows(x: Array) -> Array:
+    """Rows without gaps, one behind the other in memory."""
+    steady = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
+    return x if steady or (x.shape[1] == 1 and x.strides[0] > 0) else x.copy()
+
+
+def rows_of(p: Problem) -> int:
+    """Rows of x that tiles are chosen for: where bits must not depend on them, always the same."""
+    return _USUAL if p.batch_invariant else p.m
+
+
+def shares_of(p: Problem, spec: Spec) -> int:
+    """Blocks that share the columns; one where the order of float sums would not stay."""
+    if spec.method == "integer" and not spec.partial_sums:
+        return 1
+    return tiles.shares_for(spec.tile, launch.parse(p.device), rows_of(p), p.n, p.k)
