@@ -2,7 +2,7 @@
 #pragma once
 #include "primitives.cuh"
 #ifdef LOWBIT_EMU
-#include "emu_sm90.h"
+#include "emulator_sm90.h"
 #else
 namespace lb {
 using u64 = unsigned long long;

@@ -61,6 +61,7 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("shared", ctypes.c_uint32),
+        ("shared_limit", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("only", ctypes.c_void_p),
         ("only_count", ctypes.c_uint64),
@@ -238,7 +239,10 @@ class EmulatedFunction:
             buffer[first : first + len(value)] = np.frombuffer(value, np.uint8)
             pointers[i] = buffer.ctypes.data + first
         only = np.asarray([] if blocks is None else blocks, np.uint64)
-        launch = _Launch(_three(grid), _three(block), shared_mem, seed, only.ctypes.data, only.size)
+        limit = SHARED[self._emulator.device.capability] * KIB
+        launch = _Launch(
+            _three(grid), _three(block), shared_mem, limit, seed, only.ctypes.data, only.size
+        )
         with _one_launch:
             message = self._entry(ctypes.byref(launch), pointers)
         return None if message is None else str(message.decode())

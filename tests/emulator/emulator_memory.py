@@ -73,7 +73,9 @@ class Pages:
 
     def bytes(self) -> Array:
         """All bytes as an array, which must not outlive the pages."""
-        return np.frombuffer((ctypes.c_char * self.size).from_address(self.start), np.uint8)
+        return np.frombuffer(
+            memoryview((ctypes.c_char * self.size).from_address(self.start)), np.uint8
+        )
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def sparse(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     buffer = (ctypes.c_char * size).from_address(start)
     _sparse[pages.start] = pages.end
     weakref.finalize(buffer, _release, pages)
-    return np.frombuffer(buffer, dtype).reshape(shape)
+    return np.ndarray(shape, dtype, memoryview(buffer))
 
 
 def _release(pages: Pages) -> None:
