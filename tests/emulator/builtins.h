@@ -1,6 +1,20 @@
 // CUDA's built-in functions that kernels use and the host's headers lack.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <vector_functions.h>
+
+#include <cmath>
+#include <limits>
+
 #include "core.h"
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __shared__
+#define __shared__ static_assert(false, "use lb::static_shared<T>()");
+#define LB_DEV inline
 
 // ---- synchronisation ------------------------------------------------------------------------------------
 inline void __syncthreads(emu::Where at = emu::Where::here()) { emu::barrier(0, 0, true, at); }

@@ -3,22 +3,13 @@
 // These headers are compiled with a kernel, sanitizers included; the .cpp files are not, so that
 // ThreadSanitizer sees the kernel's memory accesses and no others.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-#include <vector_functions.h>
+#include <vector_types.h>
 
-#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
-#undef __launch_bounds__
-#define __launch_bounds__(...)
-#undef __shared__
-#define __shared__ static_assert(false, "use lb::static_shared<T>()");
-#define LB_DEV inline
 #define EMU_QUIET __attribute__((no_sanitize("thread"), noinline))  // touches the emulator's memory only
 
 extern uint3 threadIdx, blockIdx;  // of the lane that runs

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -73,10 +74,21 @@ def _version() -> str:
     return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
 
 
-def _contents() -> list[str]:
-    """Everything but the kernel's text that decides what the compiler makes."""
-    files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp"), *KERNELS.glob("*.cuh")])
-    return [_version(), str(headers()), *FLAGS, *(f"{p.name}\0{p.read_text()}" for p in files)]
+def _included(text: str, seen: set[str]) -> list[str]:
+    """What the text includes by quoted name, and what that includes: texts."""
+    found = []
+    for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE):
+        places = [folder / name for folder in (HERE, KERNELS) if (folder / name).exists()]
+        if name not in seen and places:
+            seen.add(name)
+            content = places[0].read_text()
+            found += [content, *_included(content, seen)]
+    return found
+
+
+def _key(text: str, sanitize: str) -> list[str]:
+    """All that decides what the compiler makes of a text."""
+    return [_version(), str(headers()), *FLAGS, sanitize, text, *_included(text, set())]
 
 
 def _cached(name: str, suffix: str, key: list[str], make: list[list[str]]) -> Path:
@@ -97,7 +109,7 @@ def _cached(name: str, suffix: str, key: list[str], make: list[list[str]]) -> Pa
 def _scheduler(source: Path, sanitize: str) -> Path:
     for_all, _ = SANITIZERS[sanitize]
     command = [compiler(), *FLAGS, *for_all, "-isystem", str(headers()), "-c", str(source)]
-    return _cached(source.stem, ".o", [sanitize, *_contents()], [[*command, "-o", "OUT"]])
+    return _cached(source.stem, ".o", _key(source.read_text(), sanitize), [[*command, "-o", "OUT"]])
 
 
 @functools.cache
@@ -115,7 +127,6 @@ def build(text: str, name: str, sanitize: str) -> ctypes.CDLL:
         f" {{ return emu::launch(&{name}, *launch, arguments); }}\n"
         f'extern "C" const char* emu_signature() {{ return emu::signature(&{name}); }}\n'
     )
-    key = [text, sanitize, *_contents()]
     # The text stays, for reports of sanitizers and debuggers.
     digest = hashlib.sha256(text.encode()).hexdigest()[:24]
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -130,4 +141,5 @@ def build(text: str, name: str, sanitize: str) -> ctypes.CDLL:
     flags = [compiler(), *FLAGS, *for_all, *for_kernels, *include]
     compile_ = [*flags, "-x", "c++", "-c", str(source), "-o", "DIR/kernel.o"]
     link = [compiler(), "-shared", *for_kernels, "DIR/kernel.o", *objects, "-o", "OUT"]
+    key = [*_key(text, sanitize), *objects]
     return _load(_cached("kernel", ".so", key, [compile_, link]))
