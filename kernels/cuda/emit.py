@@ -29,7 +29,7 @@ class Minifloat:
 
 @cache
 def whole(element: Element) -> bool | None:
-    """Whether codes are two's complement (True) or unsigned (False) whole numbers; None: neither."""
+    """True where codes are two's complement, False where unsigned, None where no whole numbers."""
     for signed in (True, False):
         if element.values == integer(element.bits, signed=signed).values:
             return signed
@@ -96,17 +96,18 @@ def _is_half(fields: Minifloat) -> bool:
 def _codebook(element: Element, operand: str, name: str) -> str:
     with np.errstate(over="ignore"):
         table = np.array(element.values, np.float32).astype(_OPERANDS[operand]).view(np.uint16)
-    head = f"struct {name} {{\n    using Op = lb::{operand};\n    static constexpr int bits = {element.bits};\n"
+    text = (
+        f"struct {name} {{\n    using Op = lb::{operand};\n"
+        f"    static constexpr int bits = {element.bits};\n"
+    )
     if element.bits > 4:
-        return (
-            f"static __device__ const unsigned short {name}_numbers[{len(table)}] = {_list(table)};\n"
-            f"{head}    static LB_DEV unsigned short at(unsigned code) {{ return {name}_numbers[code]; }}\n}};\n"
-        )
+        stored = f"static __device__ const unsigned short {name}_numbers[{len(table)}]"
+        at = f"unsigned short at(unsigned code) {{ return {name}_numbers[code]; }}"
+        return f"{stored} = {_list(table)};\n{text}    static LB_DEV {at}\n}};\n"
     padded = np.resize(table, 16)
-    text = head
-    for half, octets in (("low", padded & 0xFF), ("high", padded >> 8)):
-        words = octets.astype(np.uint8).view("<u4")
-        choice = f"i == 0 ? {words[0]:#x}u : i == 1 ? {words[1]:#x}u : i == 2 ? {words[2]:#x}u : {words[3]:#x}u"
+    for half, part in (("low", padded & 0xFF), ("high", padded >> 8)):
+        first, *others = (f"{word:#x}u" for word in part.astype(np.uint8).view("<u4"))
+        choice = "".join(f"i == {i} ? {word} : " for i, word in enumerate(others, 1)) + first
         text += f"    static LB_DEV constexpr unsigned {half}(int i) {{ return {choice}; }}\n"
     return text + "};\n"
 
@@ -121,14 +122,17 @@ def octets(element: Element) -> str:
 def scale(kind: Element | str, name: str) -> str:
     """A struct that loads a scale, or a block bias, as float32."""
     if isinstance(kind, str):
-        body = f"    using Stored = {NUMBERS[kind]};\n    static LB_DEV float load(Stored s) {{ return {_widened(kind, 's')}; }}\n"
-        return f"struct {name} {{\n{body}}};\n"
+        return (
+            f"struct {name} {{\n    using Stored = {NUMBERS[kind]};\n"
+            f"    static LB_DEV float load(Stored s) {{ return {_widened(kind, 's')}; }}\n}};\n"
+        )
     with np.errstate(over="ignore"):
         table = np.array(kind.values, np.float32).view(np.uint32)
     return (
         f"static __device__ const unsigned {name}_bits[{len(table)}] = {_list(table)};\n"
         f"struct {name} {{\n    using Stored = unsigned char;\n"
-        f"    static LB_DEV float load(Stored s) {{ return lb::bits<float>({name}_bits[s]); }}\n}};\n"
+        "    static LB_DEV float load(Stored s) { return lb::bits<float>("
+        f"{name}_bits[s]); }}\n}};\n"
     )
 
 
@@ -157,9 +161,8 @@ def _widened(dtype: str, name: str) -> str:
 
 def widen(dtype: str) -> str:
     """A member function: a number of memory as float32."""
-    return (
-        f"    static LB_DEV float widen({NUMBERS[dtype]} s) {{ return {_widened(dtype, 's')}; }}\n"
-    )
+    number, value = NUMBERS[dtype], _widened(dtype, "s")
+    return f"    static LB_DEV float widen({number} s) {{ return {value}; }}\n"
 
 
 def narrow(dtype: str) -> str:

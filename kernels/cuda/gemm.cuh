@@ -37,20 +37,42 @@ template <class C> struct GemmTiles {
     Stage stage[C::stages];
 };
 
-// Rows first.. of a matrix to a tile; what lies outside of it is zero. Pieces of `Piece` bytes, to which both the
-// address and the pitch are aligned; of 1 byte they are plain copies.
-template <int Piece, int Rows, int RowBytes, int Pitch, int Threads>
-LB_DEV void fetch(u8 (&tile)[Rows][Pitch], const u8* matrix, long long pitch, int first, int rows, long long at, long long bytes) {
-    constexpr int pieces = RowBytes / Piece;
-    for (int i = threadIdx.x; i < Rows * pieces; i += Threads) {
-        const int r = i / pieces, c = i % pieces * Piece;
-        const long long left = first + r < rows ? bytes - (at + c) : 0;
-        const int valid = left <= 0 ? 0 : left < Piece ? int(left) : Piece;
-        const u8* from = matrix + (valid ? (first + r) * pitch + at + c : 0);
-        if constexpr (Piece >= 4) cp_async<Piece>(&tile[r][c], from, valid);
-        else tile[r][c] = valid ? *from : u8(0);
+// Brings rows first.. of a matrix, a stage's bytes at a time, to a tile; what lies outside of the matrix is zero.
+// Pieces are of `Piece` bytes, to which address and pitch are aligned; of 1 byte they are plain copies.
+template <int Piece, int Rows, int RowBytes, int Pitch, int Threads> struct Fetch {
+    static constexpr int pieces = RowBytes / Piece, total = Rows * pieces, each = (total + Threads - 1) / Threads;
+    static constexpr bool regular = Threads % pieces == 0;  // a thread stays at one place of all its rows
+    const u8* matrix;
+    long long pitch;
+    int first, rows, bytes;  // bytes of a whole row of the matrix
+
+    LB_DEV void operator()(u8 (&tile)[Rows][Pitch], int stage) const {
+        if constexpr (regular) {
+            const int r = threadIdx.x / pieces, at = threadIdx.x % pieces * Piece;
+            const int valid = clamped(bytes - stage * RowBytes - at);
+            const u8* from = matrix + (first + r) * pitch + stage * RowBytes + at;
+#pragma unroll
+            for (int j = 0; j < each; ++j) {
+                const int row = r + j * (Threads / pieces);
+                if (total % Threads == 0 || row < Rows) copy(&tile[row][at], from + j * (Threads / pieces) * pitch, first + row < rows ? valid : 0);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = threadIdx.x; i < total; i += Threads) {
+                const int row = i / pieces, at = i % pieces * Piece;
+                const int valid = first + row < rows ? clamped(bytes - stage * RowBytes - at) : 0;
+                copy(&tile[row][at], matrix + (first + row) * pitch + stage * RowBytes + at, valid);
+            }
+        }
     }
-}
+
+  private:
+    static LB_DEV int clamped(int left) { return max(0, min(left, Piece)); }
+    static LB_DEV void copy(u8* to, const u8* from, int valid) {
+        if constexpr (Piece >= 4) cp_async<Piece>(to, from, valid);
+        else *to = valid ? *from : u8(0);
+    }
+};
 
 // Bytes of shared memory to words, by loads as wide as their number allows.
 template <int Bytes, int Words> LB_DEV void words_of(u32 (&words)[Words], const u8* from) {
@@ -266,13 +288,14 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
     const int n0 = blockIdx.x * C::rows, m0 = blockIdx.y * C::columns;
 
     // This block's share of the columns, in stages.
-    const int stages = (K + C::depth - 1) / C::depth, share = (stages + int(gridDim.z) - 1) / int(gridDim.z);
-    const int begin = int(blockIdx.z) * share, end = min(stages, begin + share);
-    const long long w_bytes = ((long long)K * W::octet + 7) / 8, x_bytes = ((long long)K * X::octet + 7) / 8;
+    const int stages = (K + C::depth - 1) / C::depth, share = C::shared ? (stages + int(gridDim.z) - 1) / int(gridDim.z) : stages;
+    const int begin = C::shared ? int(blockIdx.z) * share : 0, end = min(stages, begin + share);
+    const auto row_bytes = [K](int octet) { return int(((long long)K * octet + 7) / 8); };
+    const Fetch<C::w_piece, C::rows, Tiles::w_row, Tiles::w_pitch, C::threads> fetch_w{w, w_pitch, n0, N, row_bytes(W::octet)};
+    const Fetch<C::x_piece, C::columns, Tiles::x_row, Tiles::x_pitch, C::threads> fetch_x{x, x_pitch, m0, M, row_bytes(X::octet)};
     auto load = [&](int stage) {
-        auto& to = tiles.stage[stage % C::stages];
-        fetch<C::w_piece, C::rows, Tiles::w_row, Tiles::w_pitch, C::threads>(to.w, w, w_pitch, n0, N, (long long)stage * Tiles::w_row, w_bytes);
-        fetch<C::x_piece, C::columns, Tiles::x_row, Tiles::x_pitch, C::threads>(to.x, x, x_pitch, m0, M, (long long)stage * Tiles::x_row, x_bytes);
+        fetch_w(tiles.stage[stage % C::stages].w, stage);
+        fetch_x(tiles.stage[stage % C::stages].x, stage);
     };
 #pragma unroll
     for (int s = 0; s < C::stages - 1; ++s) {
@@ -401,7 +424,7 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
                     if (m < M && n < N) use(wt, xt, i, m, n);
                 }
     };
-    if (gridDim.z > 1) {
+    if constexpr (C::shared) {
         const long long size = (long long)M * N;
         each([&](int wt, int xt, int i, int m, int n) {
             partial[blockIdx.z * size + (long long)m * N + n] = C::partial_sums ? sum[wt][xt][i] : Sum(acc[wt][xt][i]);
@@ -418,6 +441,7 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
         if (threadIdx.x == 0) counter = 0;  // for the next launch
         each([&](int wt, int xt, int i, int m, int n) {
             Sum total = 0;
+#pragma unroll 1
             for (int z = 0; z < int(gridDim.z); ++z) total += load_through(&partial[z * size + (long long)m * N + n]);
             if constexpr (C::partial_sums) sum[wt][xt][i] = total;
             else acc[wt][xt][i] = float(total);

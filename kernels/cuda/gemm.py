@@ -85,7 +85,7 @@ def _accepts(p: Problem) -> str | None:
     if isinstance(p.w.zero, Element) and not _folded(p):
         farthest = max(p.w.element.max - p.w.zero.min, p.w.zero.max - p.w.element.min)
         if farthest > (2048 if operand == "Half" else 256):
-            return f"{p.w.name} has differences up to {farthest:g}, {operand} numbers are not that exact"
+            return f"{p.w.name} has differences up to {farthest:g}, which {operand} numbers lose"
     return None
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from lowbit.formats import Format
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import emit, launch, tiles
-from lowbit.kernels.cuda.launch import Machine, Source
+from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cuda.tiles import Tile
 from lowbit.kernels.declare import Array, Bind, Epilogue, Problem, Run
 
-MOST_COLUMNS = 2**30  # and a row of blocks fits an int; column numbers do too
+MOST_COLUMNS = 2**28  # bytes of a row are counted in int
 _USUAL = 64
 _DENSE = {"float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -40,6 +40,8 @@ class Spec:
     residual: str | None = None
     octets: bool = True
     """No block of w ends within an octet of columns."""
+    shared: bool = False
+    """Blocks share the columns of a tile."""
     partial_sums: bool = False
     """Shares of the columns are added up before scales meet the sum."""
     w_piece: int = 16
@@ -97,6 +99,7 @@ def source(spec: Spec) -> Source:
         "folded": spec.method == "folded",
         "x_scaled": isinstance(x, Format),
         "x_sums": spec.method == "integer" and w.zero is not None,
+        "shared": spec.shared,
         "partial_sums": spec.partial_sums,
         "w_factor": w.tensor_scale,
         "x_factor": isinstance(x, Format) and x.tensor_scale,
@@ -115,13 +118,15 @@ def source(spec: Spec) -> Source:
         + emit.scale(x_scale, "LeftScale")
         + emit.zero(w, "WeightZero")
         + "struct Config {\n"
-        + "    using Scale = WeightScale;\n    using XScale = LeftScale;\n    using Zero = WeightZero;\n"
-        + f"    using Blocks = lb::WeightBlocks<Scale, Zero, {str(w.bias).lower()}, {str(spec.octets).lower()}>;\n"
+        + "    using Scale = WeightScale;\n    using XScale = LeftScale;\n"
+        + "    using Zero = WeightZero;\n    using Blocks = lb::WeightBlocks<Scale, Zero, "
+        + f"{str(w.bias).lower()}, {str(spec.octets).lower()}>;\n"
         + f"    using W = {of_w};\n    using X = {of_x};\n"
         + f"    using Out = {emit.NUMBERS[spec.out]};\n"
         + f"    using Residual = {emit.NUMBERS[spec.residual or 'float32']};\n"
         + "".join(fields)
-        + f"    static constexpr lb::Activation activation = lb::Activation::{spec.activation or 'none'};\n"
+        + "    static constexpr lb::Activation activation = "
+        + f"lb::Activation::{spec.activation or 'none'};\n"
         + emit.widen(spec.residual or "float32")
         + emit.narrow(spec.out)
         + "};\n"
@@ -165,14 +170,13 @@ def piece_of(address: int, pitch: int, row: int) -> int:
     return found if found >= 4 else 1
 
 
-@lru_cache(maxsize=4096)
-def _function(machine: Machine, spec: Spec) -> launch.Function:
-    return machine.function(source(spec))
+_source = lru_cache(maxsize=4096)(source)
 
 
 def bind(p: Problem, spec: Spec, segment: int) -> Bind:
     """Bind a class of products, pieces aside, to weights."""
     tile, shares = spec.tile, shares_of(p, spec)
+    spec = replace(spec, shared=shares > 1, partial_sums=spec.partial_sums and shares > 1)
     grid = (-(-p.n // tile.rows), -(-p.m // tile.columns), shares)
     sums = np.int32 if spec.method == "integer" else np.float32
     w_row, x_row = tile.depth // 8 * spec.w_octet, tile.depth // 8 * spec.x_octet
@@ -183,9 +187,7 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
         pitch = codes.strides[0]
         bound = replace(spec, w_piece=piece_of(machine.address(codes), pitch, w_row))
         absent = w.scales  # stands where an operand is not there: never read
-        rows, columns = (
-            size or length for size, length in zip(w.format.scale.block, w.matrix, strict=True)
-        )
+        rows, columns = block_of(w)
         weight = (
             codes,
             np.int64(pitch),
@@ -203,7 +205,7 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
             given, left, x_factor = _left(x, absent)
             x_pitch = given.strides[0]
             piece = piece_of(machine.address(given), x_pitch, x_row)
-            function = _function(machine, replace(bound, x_piece=piece))
+            function = machine.function(_source(replace(bound, x_piece=piece)))
             partial = arrived = absent
             if shares > 1:
                 partial = machine.empty((shares, p.m, p.n), sums)
@@ -241,9 +243,7 @@ def _left(x: Any, absent: Array) -> tuple[Array, tuple[Any, ...], Array]:
     """x's numbers, as rows without gaps; its scales and their blocks; its tensor scale."""
     if not isinstance(x, Packed):
         return _rows(x), (absent, np.int32(0), np.int32(1), np.int32(1)), absent
-    rows, columns = (
-        size or length for size, length in zip(x.format.scale.block, x.matrix, strict=True)
-    )
+    rows, columns = block_of(x)
     scales = x.scales
     left = (scales, np.int32(scales.shape[-1]), np.int32(rows), np.int32(columns))
     return _rows(x.codes.view(np.uint8)), left, absent if x.tensor_scale is None else x.tensor_scale
@@ -253,6 +253,12 @@ def _rows(x: Array) -> Array:
     """Rows without gaps, one behind the other in memory."""
     steady = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
     return x if steady or (x.shape[1] == 1 and x.strides[0] > 0) else x.copy()
+
+
+def block_of(parts: Packed) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    (rows, columns), (m, k) = parts.format.scale.block, parts.matrix
+    return rows or m, columns or k
 
 
 def rows_of(p: Problem) -> int:

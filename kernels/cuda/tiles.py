@@ -1,4 +1,4 @@
-"""How a product is cut: the tile of a block, the stages of its pipeline, the shares of the columns."""
+"""How a product is cut: a block's tile, the stages of its pipeline, shares of the columns."""
 
 from __future__ import annotations
 
