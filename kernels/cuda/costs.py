@@ -22,14 +22,16 @@ class Rates:
     """Multiplications and additions a second and multiprocessor by mma, 16-bit operands."""
     decoded: float
     """Codes a second and multiprocessor."""
+    library: float
+    """Operations a second of the vendor's 16-bit products."""
 
 
 RATES = {
-    80: Rates(1.5e12, 2.5e12, 60e9),
-    89: Rates(0.8e12, 1.1e12, 90e9),
-    90: Rates(3.0e12, 4.2e12, 90e9),
-    100: Rates(6.0e12, 4.2e12, 100e9),
-    120: Rates(1.5e12, 1.1e12, 100e9),
+    80: Rates(1.5e12, 2.5e12, 60e9, 250e12),
+    89: Rates(0.8e12, 1.1e12, 90e9, 130e12),
+    90: Rates(3.0e12, 4.2e12, 90e9, 700e12),
+    100: Rates(6.0e12, 4.2e12, 100e9, 1500e12),
+    120: Rates(1.5e12, 1.1e12, 100e9, 200e12),
 }
 """By the lowest capability that they hold for."""
 

@@ -82,6 +82,13 @@ class Machine(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """Return new memory on the device, filled with zero bytes."""
 
+    def matmul(self, x: Any, w: Any) -> Any:
+        """Return x @ w.T in float32 by the vendor's library.
+
+        Both are float32 or both bfloat16; of float32 no bit is dropped (no TF32). Either may be a
+        transposed view.
+        """
+
     def address(self, array: Any) -> int:
         """Return where an array begins, for choosing the width of loads."""
 

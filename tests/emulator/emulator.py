@@ -116,6 +116,10 @@ class Emulator:
         array.view(np.uint8)[...] = 0
         return array
 
+    def matmul(self, x: Array, w: Array) -> Array:
+        """x @ w.T, summed in float64 and rounded to float32."""
+        return (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float32)
+
     def sparse(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Zeros of any size that take memory only where written; kernels get them uncopied."""
         return sparse(shape, dtype)
