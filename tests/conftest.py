@@ -6,6 +6,7 @@ import signal
 import pytest
 from emulator import Emulator, missing
 from hypothesis import settings
+from launchers import Launcher, no_gpu
 
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
@@ -27,3 +28,16 @@ def emulator() -> Emulator:
     if reason is not None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     return Emulator()
+
+
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    """The emulator, and with `-m gpu` a GPU: for tests of kernels that hold on both."""
+    if request.param == "emulator":
+        return Launcher(request.getfixturevalue("emulator"))
+    reason = no_gpu()
+    if reason is not None:
+        pytest.skip(reason)
+    from lowbit.kernels.cuda import gpu
+
+    return Launcher(gpu.machine(0))

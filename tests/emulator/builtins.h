@@ -119,11 +119,11 @@ inline double __dsqrt_rn(double a) { return std::sqrt(a); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 
-// ---- conversions: saturating, a NaN becomes 0 (PTX ISA, cvt) --------------------------------------------
+// ---- conversions: saturating; what becomes of a NaN is in the PTX ISA, cvt ------------------------------
 namespace emu {
 template <class To, class From> To to_integer(From rounded) {
     const From low = From(std::numeric_limits<To>::min()), high = From(std::numeric_limits<To>::max());
-    if (std::isnan(rounded)) return 0;
+    if (std::isnan(rounded)) return sizeof(From) == 4 && sizeof(To) == 4 ? To(0) : To(To(1) << (8 * sizeof(To) - 1));
     if (rounded <= low) return std::numeric_limits<To>::min();
     return rounded >= high ? std::numeric_limits<To>::max() : To(rounded);
 }
