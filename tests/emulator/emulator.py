@@ -77,6 +77,18 @@ class TensorMap:
     swizzle: int
     """Bytes: 0 or 128."""
 
+    def __post_init__(self) -> None:
+        rows, columns = self.box
+        width, pitch = columns * self.array.itemsize, self.array.strides[0]
+        if self.swizzle == 128 and width > 128:
+            raise EmulatorError(f"a box of {columns} columns is wider than the swizzle's 128 bytes")
+        if width % 16 or not 1 <= rows <= 256 or not 1 <= columns <= 256:
+            raise EmulatorError(f"a box has 1..256 rows and columns of 16 bytes, not {self.box}")
+        if pitch % 16 or self.array.strides[1] != self.array.itemsize:
+            raise EmulatorError(f"rows {pitch} bytes apart, want a multiple of 16, columns dense")
+        if self.array.ctypes.data % 16:
+            raise EmulatorError("the array does not begin at a multiple of 16 bytes")
+
     def encode(self, address: int) -> bytes:
         """As `lb::TensorMap` of emu_sm90.h reads it."""
         rows, columns = self.array.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from emulator import Emulator
+from emulator import Emulator, TensorMap
 
 from lowbit.kernels.cuda.launch import Device, Machine, Source
 
@@ -53,12 +53,37 @@ class Launcher:
             return
         import cupy
 
-        arrays = [a if isinstance(a, np.ndarray) else None for a in args]
-        sent = [
-            a if b is None else cupy.asarray(b.view(np.uint8))
-            for a, b in zip(args, arrays, strict=True)
+        arrays = [getattr(a, "array", a) for a in args]  # of a TensorMap
+        sent = [cupy.asarray(a.view(np.uint8)) if isinstance(a, np.ndarray) else a for a in arrays]
+        given = [
+            _encoded(a, there.data.ptr) if isinstance(a, TensorMap) else there
+            for a, there in zip(args, sent, strict=True)
         ]
-        function(grid, block, tuple(sent), shared_mem=source.shared)
+        function(grid, block, tuple(given), shared_mem=source.shared)
         for array, there in zip(arrays, sent, strict=True):
-            if array is not None:
+            if isinstance(array, np.ndarray):
                 array.view(np.uint8)[...] = cupy.asnumpy(there)
+
+
+def _encoded(tensor_map: TensorMap, address: int) -> Any:
+    """The driver's own form of a map of 16-bit numbers."""
+    from cuda.bindings import driver
+
+    (rows, columns), box = tensor_map.array.shape, tensor_map.box
+    swizzle = "128B" if tensor_map.swizzle else "NONE"
+    status, found = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        2,
+        address,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(tensor_map.array.strides[0])],
+        [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle[f"CU_TENSOR_MAP_SWIZZLE_{swizzle}"],
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuTensorMapEncodeTiled: {status}")
+    return np.array([int(word) for word in found.opaque], np.uint64)
