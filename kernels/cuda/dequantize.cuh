@@ -11,6 +11,8 @@
 namespace lb::quant {
 
 enum class Way { single, directed, twofold };
+template <Way> struct Arithmetic { using Number = float; };
+template <> struct Arithmetic<Way::twofold> { using Number = double; };
 
 template <int Bytes> LB_DEV u64 load_bytes(const u8* at, int count, int align) {
     if constexpr (Bytes == 8) {
@@ -48,7 +50,7 @@ template <class Out> LB_DEV void store(u8* to, const Octet<Out>& octet, int coun
 template <class F, Way way> struct Block {
     using Scale = typename F::Scale;
     using Zero = typename F::Zero;
-    using Number = std::conditional_t<way == Way::twofold, double, float>;
+    using Number = typename Arithmetic<way>::Number;
     Number scale, zero = 0, bias = 0;
     LB_DEV Block(const void* scales, const void* zeros, const void* biases, float second, i64 index) {
         scale = kept<Scale>(scales, index);

@@ -28,8 +28,9 @@ Array = Any
 THREADS = 256
 GROUP = 256  # most columns of a block that lanes of a warp share
 ROWS = 2  # rows that a thread of `quantize_groups` looks at together
-# Threads and octets a thread, for blocks of up to 2048 ... 32768 numbers.
-TILES = ((128, 2), (256, 4), (256, 8), (1024, 4))
+# Threads and octets a thread, for blocks of up to 2048 ... 32768 numbers; 64 KB of registers at most.
+TILES = ((128, 2), (256, 4), (256, 8), (512, 8))
+_REGISTERS = 1 << 16  # bytes of registers that hold a block
 _GRID = 65535  # most thread blocks along a grid's second axis
 _PART = 1 << 13  # numbers that a warp looks at for extremes
 _BLOCKS = 1 << 16  # blocks whose extremes are kept at a time, or a hundredth of the result's bytes
@@ -188,8 +189,8 @@ class Plan(NamedTuple):
     """Octets of a thread."""
 
 
-def plan(block: tuple[int, int], shape: tuple[int, int]) -> Plan | None:
-    """None: numbers are read twice. `block` is no larger than `shape`."""
+def plan(block: tuple[int, int], shape: tuple[int, int], size: int) -> Plan | None:
+    """None: numbers, of `size` bytes, are read twice. `block` is no larger than `shape`."""
     (tall, wide), columns = block, shape[1]
     if wide % 8 and wide < columns:
         return None
@@ -197,7 +198,8 @@ def plan(block: tuple[int, int], shape: tuple[int, int]) -> Plan | None:
         return Plan("quantize_groups")
     octets = tall * -(-wide // 8)
     for threads, held in TILES:
-        if octets <= threads * held and -(-columns // wide) <= _GRID:
+        fits = octets <= threads * held and 8 * size * threads * held <= _REGISTERS
+        if fits and -(-columns // wide) <= _GRID:
             return Plan("quantize_tiles", threads, held)
     return None
 
@@ -250,7 +252,7 @@ class _Matrix:
         self.align = alignment(machine, x)
 
     def fill(self, scale: Array | None, zero: Array | None) -> None:
-        chosen = plan(self.block, self.parts.matrix) if scale is None else None
+        chosen = plan(self.block, self.parts.matrix, self.x.itemsize) if scale is None else None
         if chosen is None:
             self._twice(scale, zero)
             return

@@ -68,7 +68,7 @@ given_rule(const u32* __restrict__ most, const u32* __restrict__ rest, void* sca
     using Zero = typename F::Zero;
     const i64 index = i64(blockIdx.x) * 256 + threadIdx.x;
     if (index >= blocks) return;
-    const i64 row = index / across, column = index % across;
+    const i64 row = quotient(index, across), column = index - row * across;
     bool bad = false;
     const double wanted = scale[row * scale_row + column * scale_column];
     typename Scale::Stored stored;

@@ -16,7 +16,9 @@ template <int Bits, bool Signed, int Exponent> struct Whole {
         return bits<u32>(add(y, 12582912.f)) & ((1u << Bits) - 1);
     }
     static LB_DEV float decode(u32 code) {
-        const float v = Signed ? float(int(code << (32 - Bits)) >> (32 - Bits)) : float(code);
+        // 2^23 + u is a number, and so is what is left of it.
+        constexpr u32 offset = Signed ? 1u << (Bits - 1) : 0;
+        const float v = bits<float>(code ^ (0x4b000000u | offset)) - (8388608.f + float(offset));
         if constexpr (Exponent != 0) return mul(v, bits<float>(u32(127 + Exponent) << 23));
         return v;
     }

@@ -192,9 +192,18 @@ template <int Threads, bool Apart> LB_DEV void across_block(Extremes<Apart>& fou
     for (int w = 0; w < Threads / 32; ++w) found.merge(partial.most[w], partial.rest[w]);
 }
 
-// a / b of numbers that are not negative; 64-bit division takes a hundred instructions.
+// a / b, of numbers that are not negative. 64-bit division is a call whose registers spill; what needs it
+// are arrays of 2^32 rows or columns.
 LB_DEV i64 quotient(i64 a, i64 b) {
-    return (a | b) >> 32 ? a / b : i64(u32(a) / u32(b));
+    if (((a | b) >> 32) == 0) return u32(a) / u32(b);
+    u64 rest = 0, found = 0;
+#pragma unroll 1
+    for (int i = 63; i >= 0; --i) {
+        rest = rest << 1 | (u64(a) >> i & 1);
+        found <<= 1;
+        if (rest >= u64(b)) rest -= u64(b), found |= 1;
+    }
+    return i64(found);
 }
 
 }  // namespace lb::quant
