@@ -40,12 +40,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from emulator_build import EmulatorError, build, missing
+from emulator_build import CompileError, EmulatorError, build, missing
 from emulator_memory import Argument, Array, Copy, groups, is_sparse, poisoned, sparse
 
 from lowbit.kernels.cuda.launch import Device, Source
 
-__all__ = ["Emulator", "EmulatorError", "TensorMap", "missing"]
+__all__ = ["CompileError", "Emulator", "EmulatorError", "TensorMap", "missing"]
 
 HOPPER = Device(90, 4)
 KIB = 1024

@@ -47,6 +47,10 @@ def headers() -> Path | None:
     return next((p for p in places if (p / "cuda_fp16.h").exists()), None)
 
 
+class CompileError(EmulatorError):
+    """A text that is no kernel."""
+
+
 def missing() -> str | None:
     """Say what the emulator lacks here, or None."""
     if shutil.which(COMPILER) is None:
@@ -62,7 +66,7 @@ def missing() -> str | None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise EmulatorError(" ".join(command) + "\n" + done.stderr[:6000])
+        raise CompileError(" ".join(command) + "\n" + done.stderr[:6000])
 
 
 @functools.cache
