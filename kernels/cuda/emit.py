@@ -67,6 +67,17 @@ def exact(element: Element, operand: str) -> bool:
 
 
 @cache
+def exact_scaled(fmt: Format, operand: str) -> bool:
+    """Whether every value times every scale is a number of the operand type."""
+    if not isinstance(fmt.scale.element, Element) or fmt.zero is not None or fmt.bias:
+        return False
+    values, scales = (np.array(e.values) for e in (fmt.element, fmt.scale.element))
+    products = np.outer(values[np.isfinite(values)], scales[np.isfinite(scales)])
+    with np.errstate(over="ignore"):
+        return bool((products.astype(_OPERANDS[operand]).astype(np.float64) == products).all())
+
+
+@cache
 def fits(element: Element, operand: str) -> bool:
     """Whether every value can be rounded to the operand type without leaving its normal range."""
     info = ml_dtypes.finfo(_OPERANDS[operand])  # type: ignore[no-untyped-call]

@@ -34,6 +34,13 @@ def _folded(p: Problem) -> bool:
     return p.w.bias or isinstance(p.w.zero, str) or (segment < p.k and segment % _BLOCK != 0)
 
 
+def _rounded(p: Problem) -> bool:
+    """Whether w's numbers are rounded on their way to the tensor cores."""
+    if _folded(p):
+        return not emit.exact_scaled(p.w, "Bfloat16")
+    return not emit.exact(p.w.element, _operand(p))
+
+
 def _segment(p: Problem) -> int:
     """Columns that are added up before scales meet the sum: x's alone, where w's are folded."""
     if not _folded(p):
@@ -80,7 +87,7 @@ def _accepts(p: Problem) -> str | None:
     operand = _operand(p)
     if not emit.fits(p.w.element, operand):
         return f"{p.w.element.name} has values that float16 and bfloat16 would lose"
-    if p.x == "float32" and (_folded(p) or not emit.exact(p.w.element, operand)):
+    if p.x == "float32" and _rounded(p):
         return f"rounds the values of {p.w.name} to bfloat16, which float32 x deserves better than"
     if isinstance(p.w.zero, Element) and not _folded(p):
         farthest = max(p.w.element.max - p.w.zero.min, p.w.zero.max - p.w.element.min)
@@ -116,14 +123,13 @@ def _roundings(p: Problem) -> Roundings:
     # Every instruction cuts 17 terms and their sum by 2 u of the sum of their sizes.
     count = 2 * (_TERMS + 2) * terms * (-(-segment // _TERMS) + 2)
     count += segments * 2 + shares + FINAL_ROUNDINGS
-    inexact = spec.method == "folded" or not emit.exact(p.w.element, spec.operand)
     return Roundings(
         "float32",
         count,
         "tensor cores over 16 columns, segments ascending by fma"
         + (f", {shares} shares of the columns ascending" if shares > 1 else ""),
         ACTIVATION_ERROR[p.activation],
-        weight=_UNIT[spec.operand] * 1.01 if inexact else 0.0,
+        weight=_UNIT[spec.operand] * 1.01 if _rounded(p) else 0.0,
         flushed=_LOST if p.x == "float32" else 0.0,
     )
 

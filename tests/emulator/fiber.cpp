@@ -47,3 +47,6 @@ char* emu::map_between_guards(size_t bytes) {
     mprotect(p + page, bytes, PROT_READ | PROT_WRITE);
     return p + page;
 }
+void emu::unmap_between_guards(char* start, size_t bytes) {
+    munmap(start - page, (bytes + page - 1) / page * page + 2 * page);
+}

@@ -10,5 +10,6 @@ constexpr size_t page = 4096, stack_bytes = 64 * 1024;
 struct Fiber { char* stack; void* thread; };  // thread: ThreadSanitizer's
 
 char* map_between_guards(size_t bytes);
+void unmap_between_guards(char* start, size_t bytes);
 void* first_frame(char* top, void (*entry)());  // what to load to enter a stack for the first time
 }  // namespace emu

@@ -29,6 +29,7 @@ void (*body)(void*);
 void* body_context;
 void *main_sp, *main_thread;
 char launch_start, launch_end;
+std::deque<char> syncs;
 char error[2048];
 bool failed;
 std::vector<void (*)()>& resets() {
@@ -180,6 +181,10 @@ void run_blocks(const Launch& launch) {
 }  // namespace
 
 // ---- what the other parts and the kernels use ---------------------------------------------------------------
+char* new_sync() {
+    static char only;
+    return sanitized ? &syncs.emplace_back() : &only;
+}
 u64 draw() {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
@@ -247,6 +252,11 @@ const char* run(const Launch& launch, void (*kernel_body)(void*), void* context)
     run_blocks(launch);
     acquire(&launch_end);
     release_shared();
+#ifndef EMU_TSAN  // whose threads belong to their stacks
+    // A process has 65,530 mappings at most, three of them a stack, and every kernel its own scheduler.
+    for (Fiber& fiber : fibers)
+        if (fiber.stack) unmap_between_guards(fiber.stack, stack_bytes), fiber.stack = nullptr;
+#endif
     return failed ? error : nullptr;
 }
 }  // namespace emu

@@ -1,0 +1,209 @@
+"""CUDA products in the emulator: the checks that every kernel passes, and what is theirs alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from emulator import Emulator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowbit as lb
+from lowbit import dispatch
+from lowbit.formats import declared
+from lowbit.kernels.cuda import launch, tiles
+from lowbit.kernels.cuda.launch import Device
+from lowbit.testing import assert_within_bound, conformance, exact_operands, random_qarray
+
+MMA, INTEGER = "matmul.cuda.mma", "matmul.cuda.integer"
+FLOATS = ("float16", "bfloat16", "float32")
+# Blocks of every shape, scale types, zero points, what does not end where octets do.
+MORE = [
+    "int4_g32_asym",
+    "uint4_g64_asym",
+    "uint8_row_asym",
+    "int4_g128_bf16",
+    "int4_g32_e4m3_ts",
+    "uint4_g64_zf16",
+    "int4_g64_bias",
+    "int4_tensor",
+    "int4_4x32_asym",
+    "fp8_64x64",
+    "int4_g16",
+    "int3_g12",
+    "nf4_g20",
+]
+FORMATS = [*(name for name, named in declared().items() if not named.short), *MORE]
+
+
+@pytest.fixture
+def gpu(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """NumPy arrays stand for those of an emulated device."""
+    monkeypatch.setattr(dispatch, "device", lambda: emulator.device.name)
+    with launch.pretending(emulator):
+        yield emulator
+
+
+@pytest.mark.parametrize("index", range(len(FORMATS)), ids=FORMATS)
+def test_every_format(gpu, index):
+    conformance.exact_products(MMA, FORMATS[index], FLOATS[index % 2])
+
+
+@pytest.mark.parametrize("w", ["int4", "fp8", "nf4", *MORE])
+def test_any_numbers(gpu, w):
+    assert conformance.bounded_products(MMA, w, "bfloat16") > 0
+
+
+@pytest.mark.parametrize("w", ["int4", "uint8_row_asym", "fp8", "mxfp4", "nvfp4", "int3_g96"])
+def test_float32_keeps_all_its_bits(gpu, w):
+    conformance.exact_products(MMA, w, "float32")
+    assert conformance.bounded_products(MMA, w, "float32") > 0
+
+
+@pytest.mark.parametrize("x", ["fp8", "mxfp8", "mxfp4", "nvfp4", "float8_e5m2_128x128"])
+@pytest.mark.parametrize("w", ["fp8_128x128", "int4_g32", "mxfp6", "nvfp4"])
+def test_both_quantized(gpu, x, w):
+    conformance.exact_products(MMA, w, x)
+    conformance.bounded_products(MMA, w, x)
+
+
+@pytest.mark.parametrize("w", ["int8_row", "int4_g32", "uint4_g64_asym", "uint8_row_asym", "int1"])
+@pytest.mark.parametrize("x", ["int8_row", "int8_g32", "int4_g64"])
+def test_integer_sums_are_exact_and_meet_scales_in_the_documented_order(gpu, w, x):
+    conformance.documented_order(INTEGER, w, x)
+    conformance.exact_products(INTEGER, w, x)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_of_every_width(gpu, bits):
+    conformance.exact_products(INTEGER, f"uint{bits}_g64_asym", f"int{bits}_64x64")
+
+
+@pytest.mark.parametrize("w", ["int8_row", "uint8_row_asym"])
+def test_long_integer_sums_do_not_overflow(gpu, w):
+    conformance.long_sums(INTEGER, w, k=140_001)
+
+
+@pytest.mark.parametrize("w", ["int8_row", "uint8_row", "uint2_g32"])
+def test_extreme_integers_do_not_saturate(gpu, w):
+    conformance.extreme_integers(INTEGER, w)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
+def test_what_follows_the_product(gpu, activation):
+    for out in FLOATS:
+        conformance.finished_products(MMA, "int8_row", activation, out)
+
+
+def test_integers_have_the_bits_of_the_cpu(emulator):
+    x, w = (
+        random_qarray("int8_row", 21, 200, spread=6),
+        random_qarray("int4_g64", 70, 200, spread=6),
+    )
+    options: dict[str, Any] = {"alpha": 0.3, "bias": np.linspace(-3, 3, 70)}
+    for activation in (None, "relu", "gelu", "gelu_tanh", "silu"):
+        want = lb.matmul(x, w.T, kernel="matmul.cpu.dot", activation=activation, **options)
+        with pytest.MonkeyPatch.context() as patch, launch.pretending(emulator):
+            patch.setattr(dispatch, "device", lambda: emulator.device.name)
+            fresh = w.copy()
+            got = lb.matmul(x, fresh.T, kernel=INTEGER, activation=activation, **options)
+        conformance.same_bits(got, want)
+
+
+@pytest.mark.parametrize(("x", "w"), [("bfloat16", "int4_g32"), ("int8_row", "int8_row")])
+def test_blocks_share_the_columns_in_a_fixed_order(gpu, x, w):
+    gpu.device = Device(90, 64)
+    left, right = conformance.dense_or_quantized(x, 9, 2000), random_qarray(w, 100, 2000)
+    kernel = MMA if x == "bfloat16" else INTEGER
+    problem = lb.explain(left, right.T, kernel=kernel).problem
+    assert tiles.shares_for(tiles.tile_for(9, 4, 16), Device(90, 64), 9, 100, 2000) > 1
+    found = []
+    for seed in range(3):
+        gpu.seed = seed
+        found.append(lb.matmul(left, right.T, kernel=kernel))
+        assert_within_bound(found[-1], left, right.T, kernel=kernel)
+    assert problem.device == "cuda:90:64"
+    conformance.same_bits(found[0], found[1])
+    conformance.same_bits(found[0], found[2])
+
+
+def test_a_row_does_not_depend_on_the_others_where_that_is_asked(gpu):
+    gpu.device = Device(90, 64)
+    x, w = conformance.dense_or_quantized("float16", 70, 1500), random_qarray("int4_g64", 40, 1500)
+    whole = lb.matmul(x, w.T, kernel=MMA, batch_invariant=True)
+    for rows in (slice(0, 1), slice(5, 17), slice(30, 70)):
+        part = lb.matmul(x[rows], w.T, kernel=MMA, batch_invariant=True)
+        conformance.same_bits(part, whole[rows])
+
+
+@settings(max_examples=25)
+@given(
+    m=st.sampled_from([1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 129]),
+    n=st.integers(1, 140),
+    k=st.integers(1, 300),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(emulator_once, m, n, k, seed):
+    with pytest.MonkeyPatch.context() as patch, launch.pretending(emulator_once):
+        patch.setattr(dispatch, "device", lambda: emulator_once.device.name)
+        emulator_once.seed = seed
+        x = conformance.dense_or_quantized("float16", m, k, seed)
+        w = random_qarray("int4_g32_asym", n, k, seed=seed)
+        result = lb.matmul(x, w.T, kernel=MMA)
+        assert_within_bound(result, x, w.T, kernel=MMA)
+
+
+@pytest.fixture(scope="module")
+def emulator_once() -> Emulator:
+    return Emulator()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_no_alignment_is_demanded(gpu, offset):
+    case = exact_operands(5, 20, 256, "int4_g32", "float16")
+    parts = case.w._parts
+    memory = np.zeros(parts.codes.size + 64, np.uint8)
+    start = -memory.ctypes.data % 16 + offset
+    moved = memory[start : start + parts.codes.size].reshape(parts.codes.shape)
+    moved[...] = parts.codes
+    w = lb.from_parts("int4_g32", moved, parts.scales, shape=(20, 256))
+    rows = np.zeros((5, 300), np.float16)
+    rows[:, 3 + offset : 259 + offset] = case.x
+    case.check(lb.matmul(rows[:, 3 + offset : 259 + offset], w.T, kernel=MMA))
+    case.check(lb.matmul(np.asfortranarray(case.x), w.T, kernel=MMA))
+
+
+def test_nan_and_infinity_reach_the_result(gpu):
+    w = lb.quantize(np.ones((3, 40), np.float32), "int8_row")
+    for dtype in FLOATS:
+        x = np.ones((4, 40), np.dtype(dtype))
+        x[0, 5], x[1, 6], x[2, 7], x[2, 8] = np.nan, np.inf, np.inf, -np.inf
+        got = lb.matmul(x, w.T, kernel=MMA).astype(np.float64)
+        assert np.isnan(got[0]).all()
+        assert (got[1] == np.inf).all()
+        assert np.isnan(got[2]).all()
+        assert np.allclose(got[3], 40, rtol=2**-8)
+
+
+def test_the_largest_float32_does_not_become_infinite(gpu):
+    x = np.zeros((1, 32), np.float32)
+    x[0, 0] = np.finfo(np.float32).max
+    w = lb.from_parts("int8_row", np.eye(2, 32, dtype=np.int8), np.ones((2, 1), np.float32))
+    assert np.isfinite(lb.matmul(x, w.T, kernel=MMA)).all()
+
+
+def test_refusals_say_why(gpu):
+    x = np.ones((2, 64), np.float32)
+    for w, x_format, reason in [
+        ("nf4", None, "float32 x deserves better"),
+        ("int4_g16", None, "float32 x deserves better"),
+        ("int4", "int8_row", "have to be exact"),
+        ("int4", "uint8_row_asym", "without zero points"),
+        ("int4", "fp8_e5m2_g16", "multiples of 32 columns"),
+    ]:
+        left = x if x_format is None else lb.quantize(x, x_format)
+        refusal = conformance.refusal(MMA, left, lb.quantize(x, w))
+        assert refusal is not None
+        assert reason in refusal
+    assert "codes on both sides" in str(conformance.refusal(INTEGER, x, lb.quantize(x, "int4")))
