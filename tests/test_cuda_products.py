@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import lowbit as lb
 from lowbit import dispatch
 from lowbit.formats import declared
-from lowbit.kernels.cuda import launch, tiles
+from lowbit.kernels.cuda import launch, library, tiles
 from lowbit.kernels.cuda.launch import Device
 from lowbit.testing import assert_within_bound, conformance, exact_operands, random_qarray
 
-MMA, INTEGER = "matmul.cuda.mma", "matmul.cuda.integer"
+MMA, INTEGER, LIBRARY = "matmul.cuda.mma", "matmul.cuda.integer", "matmul.cuda.library"
 FLOATS = ("float16", "bfloat16", "float32")
 # Blocks of every shape, scale types, zero points, what does not end where octets do.
 MORE = [
@@ -207,3 +207,37 @@ def test_refusals_say_why(gpu):
         assert refusal is not None
         assert reason in refusal
     assert "codes on both sides" in str(conformance.refusal(INTEGER, x, lb.quantize(x, "int4")))
+
+
+@pytest.mark.parametrize("x", ["float32", "bfloat16", "int8_row", "mxfp4"])
+@pytest.mark.parametrize("w", ["nf4_g20", "int4_g12_asym", "uint4_g64_bias", "fp8_64x64"])
+def test_the_library_takes_what_no_kernel_does(gpu, w, x):
+    assert conformance.bounded_products(LIBRARY, w, x) > 0
+    conformance.exact_products(LIBRARY, w, x)
+
+
+def test_the_library_multiplies_bfloat16_values(gpu):
+    assert conformance.bounded_products(f"{LIBRARY}16", "int4_g32", "bfloat16") > 0
+
+
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_what_follows_the_librarys_product(gpu, activation):
+    for out in FLOATS:
+        conformance.finished_products(LIBRARY, "int4_g12", activation, out)
+
+
+def test_the_library_takes_scales_across_the_contraction_axis_and_tiles(gpu, monkeypatch):
+    monkeypatch.setattr(library, "TILE", 70 * 32)
+    w = random_qarray("int4_64x16", 200, 70)
+    x = conformance.dense_or_quantized("float32", 5, 70)
+    assert_within_bound(lb.matmul(x, w.T, kernel=LIBRARY), x, w.T, kernel=LIBRARY)
+    x = conformance.dense_or_quantized("float32", 5, 200)
+    assert_within_bound(lb.matmul(x, w, kernel=LIBRARY), x, w, kernel=LIBRARY)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
+def test_the_library_takes_empty_axes(gpu, m, n, k):
+    w = lb.from_parts("int8_row", np.zeros((n, k), np.int8), np.ones((n, min(k, 1)), np.float32))
+    got = lb.matmul(np.ones((m, k), np.float32), w.T, bias=np.ones(n), kernel=LIBRARY)
+    assert got.shape == (m, n)
+    assert (got == 1).all()
