@@ -61,6 +61,12 @@ def test_float32_keeps_all_its_bits(gpu, w):
     assert conformance.bounded_products(MMA, w, "float32") > 0
 
 
+def test_float32_times_one_is_itself(gpu):
+    x = conformance.dense_or_quantized("float32", 9, 70)
+    w = lb.from_parts("int8_row", np.eye(70, dtype=np.int8), np.ones((70, 1), np.float32))
+    conformance.same_bits(lb.matmul(x, w.T, kernel=MMA), x)
+
+
 @pytest.mark.parametrize("x", ["fp8", "mxfp8", "mxfp4", "nvfp4", "float8_e5m2_128x128"])
 @pytest.mark.parametrize("w", ["fp8_128x128", "int4_g32", "mxfp6", "nvfp4"])
 def test_both_quantized(gpu, x, w):

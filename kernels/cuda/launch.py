@@ -82,6 +82,12 @@ class Machine(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """Return new memory on the device, filled with zero bytes."""
 
+    def counters(self, count: int) -> Any:
+        """Return int32 zeros that every kernel of the current stream shares.
+
+        Kernels of a stream run one after the other, and each leaves zeros behind.
+        """
+
     def matmul(self, x: Any, w: Any) -> Any:
         """Return x @ w.T in float32 by the vendor's library.
 

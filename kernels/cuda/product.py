@@ -206,10 +206,10 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
             x_pitch = given.strides[0]
             piece = piece_of(machine.address(given), x_pitch, x_row)
             function = machine.function(_source(replace(bound, x_piece=piece)))
-            partial = arrived = absent
+            partial = arrived = out
             if shares > 1:
                 partial = machine.empty((shares, p.m, p.n), sums)
-                arrived = machine.zeros((grid[0] * grid[1],), np.int32)
+                arrived = machine.counters(grid[0] * grid[1])
             residual = epilogue.residual
             function(
                 grid,

@@ -17,7 +17,7 @@ and a kernel of its own by ::
 
 What a test may set: `emulator.seed` (order of blocks and lanes; place of arrays before or behind a
 guard), `emulator.device`, `emulator.blocks` (run these blocks only, for `emulator.sparse` arrays
-beyond 4 GiB), `emulator.sanitize` ("thread": see test_emulator_races.py).
+beyond 4 GiB). `races.rerun` runs tests again under ThreadSanitizer, `planted` plants bugs.
 
 Arguments are arrays of any strides (the kernel gets the address of element 0), NumPy scalars and
 structs (`bytes`, `np.void`) of the parameter's size, `np.uintp(0)` for a null pointer, and
@@ -32,6 +32,7 @@ a * b + c into fma (write fmaf where bits matter), blocks that wait for others, 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ import numpy as np
 import numpy.typing as npt
 from emulator_build import CompileError, EmulatorError, build, missing
 from emulator_memory import Argument, Array, Copy, groups, is_sparse, poisoned, sparse
+from races import Log
 
 from lowbit.kernels.cuda.launch import Device, Source
 
@@ -53,6 +55,7 @@ KIB = 1024
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99}
 GRID, BLOCK = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 
+_races = Log()
 _one_launch = threading.Lock()  # the scheduler's state is its library's
 
 
@@ -103,12 +106,13 @@ class Emulator:
     def __init__(self, device: Device = HOPPER, *, seed: int = 0) -> None:
         self.device = device
         self.seed = seed
-        self.sanitize = ""
+        self.sanitize = os.environ.get("LOWBIT_EMULATOR_SANITIZE", "")
         self.blocks: Sequence[int] | None = None
         """Linear indices of the blocks that run; None: all."""
         self.launches: list[str] = []
         """Name expressions of what ran, in order."""
         self._functions: dict[tuple[Source, str], EmulatedFunction] = {}
+        self._counters = np.zeros(0, np.int32)
 
     def function(self, source: Source) -> EmulatedFunction:
         """Compile a kernel, or take it from memory or the cache."""
@@ -127,6 +131,12 @@ class Emulator:
         array = poisoned(shape, dtype)
         array.view(np.uint8)[...] = 0
         return array
+
+    def counters(self, count: int) -> Array:
+        """Zeros, as long as every kernel leaves zeros behind."""
+        if self._counters.size < count:
+            self._counters = self.zeros((count,), np.int32)
+        return self._counters
 
     def matmul(self, x: Array, w: Array) -> Array:
         """x @ w.T, summed in float64 and rounded to float32."""
@@ -232,6 +242,9 @@ class EmulatedFunction:
             message = self._run(grid, block, values, shared_mem, seed, blocks)
             if message is not None:
                 raise EmulatorError(message + _place(message, copies))
+            races = _races.news()
+            if races:
+                raise EmulatorError("; ".join(races))
             for copy in copies:
                 copy.copy_back()
         finally:
