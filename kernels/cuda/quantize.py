@@ -28,7 +28,7 @@ Array = Any
 THREADS = 256
 GROUP = 256  # most columns of a block that lanes of a warp share
 ROWS = 2  # rows that a thread of `quantize_groups` looks at together
-# Threads and octets a thread, for blocks of up to 2048 ... 32768 numbers; 64 KB of registers at most.
+# Threads and octets a thread, for blocks of up to 2048 ... 32768 numbers.
 TILES = ((128, 2), (256, 4), (256, 8), (512, 8))
 _REGISTERS = 1 << 16  # bytes of registers that hold a block
 _GRID = 65535  # most thread blocks along a grid's second axis

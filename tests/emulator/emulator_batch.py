@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import fcntl
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from emulator import EmulatedFunction, Emulator
-from emulator_build import build
+from emulator_build import CACHE, build
 
 from lowbit.kernels.cuda.launch import Source
 
@@ -48,7 +49,7 @@ class Batch(Emulator):
         finally:
             self.noted = None
         parts = [sources[i : i + _TOGETHER] for i in range(0, len(sources), _TOGETHER)]
-        with ThreadPoolExecutor(_COMPILERS) as pool:
+        with _alone(), ThreadPoolExecutor(_COMPILERS) as pool:
             for found in pool.map(self._compile, parts):
                 self._functions |= found
 
@@ -57,8 +58,8 @@ class Batch(Emulator):
         text = "\n".join(dict.fromkeys(s.text for s in sources))
         for i, source in enumerate(sources):
             text += (
-                f'\nextern "C" const char* emu_launch_{i}(const emu::Launch* launch, void** arguments)'
-                f" {{ return emu::launch(&{source.name}, *launch, arguments); }}"
+                f'\nextern "C" const char* emu_launch_{i}(const emu::Launch* launch, void** given)'
+                f" {{ return emu::launch(&{source.name}, *launch, given); }}"
                 f'\nextern "C" const char* emu_signature_{i}()'
                 f" {{ return emu::signature(&{source.name}); }}"
             )
@@ -73,16 +74,14 @@ class Batch(Emulator):
         }
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other processes from compiling the same: they find it in the cache afterwards."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "batch.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     """Take the place of a kernel that is only noted."""
-
-
-def together(batch: Batch, *operations: Callable[[], Any]) -> list[Any]:
-    """Compile what all operations launch, then run them and return their results."""
-    from lowbit.kernels.cuda import launch
-
-    with launch.pretending(batch):
-        with batch.noting():
-            for operation in operations:
-                operation()
-        return [operation() for operation in operations]
