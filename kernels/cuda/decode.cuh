@@ -6,6 +6,8 @@
 //
 //     Adjacent   (0, 1) (2, 3) (4, 5) (6, 7)      Spread   (0, 4) (1, 5) (2, 6) (3, 7)
 //
+// `pair` does the same for two codes in the halves of a register.
+//
 // A sum over k does not care which code meets which lane of the tensor core, as long as x's does.
 #pragma once
 #include "primitives.cuh"
@@ -73,6 +75,16 @@ template <int Bits> LB_DEV u32 neighbours(u32 low, u32 high, int j) {
     return (from >> at & mask) | (from >> at + Bits & mask) << 16;
 }
 
+// Codes 2 t and 2 t + 1 of an octet, where t is known at run time only.
+template <int Bits, int Words> LB_DEV u32 neighbours_at(const u32 (&words)[Words], int index, int t) {
+    if constexpr (Bits == 4) return __byte_perm(words[index], words[index] >> 4, 0x0400 + t * 0x0101) & 0x000f000fu;
+    u32 low, high;
+    octet<Bits>(low, high, words, index);
+    constexpr u32 mask = (1u << Bits) - 1;
+    const u32 codes = (t & 2 ? high : low) >> (t & 1) * 2 * Bits;
+    return (codes & mask) | (codes >> Bits & mask) << 16;
+}
+
 // ---- elements -------------------------------------------------------------------------------------------------
 // Two's complement if Signed. Exact: 2^mantissa + u is a number, and so is what is left of it.
 template <class Op_, int Bits_, bool Signed> struct Integer {
@@ -81,29 +93,25 @@ template <class Op_, int Bits_, bool Signed> struct Integer {
     static constexpr bool adjacent = Bits > 4;
     static constexpr u32 offset = Signed ? 1u << (Bits - 1) : 0;  // added to make codes unsigned
     static LB_DEV void decode(u32 (&out)[4], u32 low, u32 high) {
-        if constexpr (Bits == 8 && Op::mantissa < 8) {
-            // Seven bits as they are, the eighth as -128.
+        if constexpr (adjacent) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                u32 pair = neighbours<Bits>(low, high, j);
-                if constexpr (!Signed) pair ^= 0x00800080u;
-                const u32 number = (pair & 0x007f007fu) | 0x43004300u, top = (pair & 0x00800080u) | 0xc300c300u;
-                out[j] = Op::fma(number, twice(Op::power(0)), top);
-                if constexpr (!Signed) out[j] = Op::fma(out[j], twice(Op::power(0)), twice(whole<Op>(128)));
-            }
-        } else if constexpr (adjacent) {
-            constexpr u32 minus = 1u << 15 | whole<Op>((1u << Op::mantissa) + offset);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u32 pair = (neighbours<Bits>(low, high, j) ^ twice(offset)) | twice(Op::magic);
-                out[j] = Op::fma(pair, twice(Op::power(0)), twice(minus));
-            }
+            for (int j = 0; j < 4; ++j) out[j] = pair(neighbours<Bits>(low, high, j));
         } else {
             u32 codes = spread<Bits>(low, high);
             if constexpr (Signed) codes ^= twice(offset * (1u | 1u << Bits | 1u << 2 * Bits | 1u << 3 * Bits));
 #pragma unroll
             for (int j = 0; j < 4; ++j) out[j] = number(codes, j);
         }
+    }
+    static LB_DEV u32 pair(u32 codes) {
+        if constexpr (Bits == 8 && Op::mantissa < 8) {
+            // Seven bits as they are, the eighth as -128.
+            if constexpr (!Signed) codes ^= 0x00800080u;
+            const u32 number = (codes & 0x007f007fu) | 0x43004300u, top = (codes & 0x00800080u) | 0xc300c300u;
+            const u32 found = Op::fma(number, twice(Op::power(0)), top);
+            return Signed ? found : Op::fma(found, twice(Op::power(0)), twice(whole<Op>(128)));
+        }
+        return Op::fma((codes ^ twice(offset)) | twice(Op::magic), twice(Op::power(0)), twice(minus(0)));
     }
 
   private:
@@ -132,15 +140,16 @@ template <class Op_, int Bits_, int Mantissa, int Bias, Special Specials> struct
         if constexpr (!adjacent) codes = spread<Bits>(low, high);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            u32 pair;
-            if constexpr (adjacent) pair = neighbours<Bits>(low, high, j);
-            else pair = codes >> j * Bits;
-            const u32 magnitude = (pair & twice((1u << (Bits - 1)) - 1)) << (Op::mantissa - Mantissa);
-            const u32 sign = (pair & twice(1u << (Bits - 1))) << (16 - Bits);
-            u32 number = magnitude | sign;
-            if constexpr (Op::bias != Bias) number = Op::fma(number, twice(Op::power(Op::bias - Bias)), 0x80008000u);
-            out[j] = special(number, pair);
+            if constexpr (adjacent) out[j] = pair(neighbours<Bits>(low, high, j));
+            else out[j] = pair(codes >> j * Bits);
         }
+    }
+    static LB_DEV u32 pair(u32 codes) {
+        const u32 magnitude = (codes & twice((1u << (Bits - 1)) - 1)) << (Op::mantissa - Mantissa);
+        const u32 sign = (codes & twice(1u << (Bits - 1))) << (16 - Bits);
+        u32 number = magnitude | sign;
+        if constexpr (Op::bias != Bias) number = Op::fma(number, twice(Op::power(Op::bias - Bias)), 0x80008000u);
+        return special(number, codes);
     }
 
   private:
@@ -168,13 +177,19 @@ template <class Table> struct Codebook {
     static LB_DEV void decode(u32 (&out)[4], u32 low, u32 high) {
         if constexpr (Bits > 4) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u32 pair = neighbours<Bits>(low, high, j);
-                out[j] = Table::at(pair & 0xffffu) | u32(Table::at(pair >> 16)) << 16;
-            }
+            for (int j = 0; j < 4; ++j) out[j] = pair(neighbours<Bits>(low, high, j));
         } else {
             four(out[0], out[1], nibbles(low));
             four(out[2], out[3], nibbles(high));
+        }
+    }
+    static LB_DEV u32 pair(u32 codes) {
+        if constexpr (Bits > 4) {
+            return Table::at(codes & 0xffffu) | u32(Table::at(codes >> 16)) << 16;
+        } else {
+            u32 found, other;
+            four(found, other, (codes & 15u) | (codes >> 12 & 0xf0u));
+            return found;
         }
     }
 
