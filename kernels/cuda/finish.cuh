@@ -1,6 +1,6 @@
 // What surrounds a product that a library computes: operands converted, its result finished.
 #pragma once
-#include "activation.cuh"
+#include "epilogue.cuh"
 
 namespace lb {
 
@@ -17,13 +17,9 @@ __global__ void finish(const float* __restrict__ product, double alpha, const fl
                        const typename C::Residual* __restrict__ residual, long long residual_pitch,
                        typename C::Out* __restrict__ out, long long out_pitch, int columns, long long rows) {
     const long long size = rows * columns;
-    const float times = float(alpha);
+    const Finish<C> finished{float(alpha), bias, residual, residual_pitch, out, out_pitch};
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < size; i += (long long)gridDim.x * blockDim.x) {
-        const long long m = i / columns, n = i % columns;
-        float v = C::bias ? __fmaf_rn(times, product[i], bias[n]) : __fmul_rn(times, product[i]);
-        v = activate<C::activation>(v);
-        if constexpr (C::residual) v = __fadd_rn(v, C::widen(residual[m * residual_pitch + n]));
-        out[m * out_pitch + n] = C::narrow(v);
+        finished(i / columns, int(i % columns), product[i]);
     }
 }
 

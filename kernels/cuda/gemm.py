@@ -22,13 +22,13 @@ _LOST = 2.0**-125  # of a product, where three bfloat16 numbers leave a rest of 
 _UNIT = {"Half": 2.0**-11, "Bfloat16": 2.0**-8}
 
 
-def _operand(p: Problem) -> str:
-    """What tensor cores multiply: float16 where x is, as long as w's numbers are exact in it."""
+def operand_of(p: Problem) -> str:
+    """What tensor cores multiply: float16 where x is and w's numbers fit."""
     x_half = p.x == "float16" or (isinstance(p.x, Format) and emit.exact(p.x.element, "Half"))
-    return "Half" if x_half and emit.exact(p.w.element, "Half") and not _folded(p) else "Bfloat16"
+    return "Half" if x_half and emit.fits(p.w.element, "Half") and not folded(p) else "Bfloat16"
 
 
-def _folded(p: Problem) -> bool:
+def folded(p: Problem) -> bool:
     """Whether scales are multiplied into w's numbers, which are then rounded."""
     segment = segment_of(p)
     return p.w.bias or isinstance(p.w.zero, str) or (segment < p.k and segment % _BLOCK != 0)
@@ -36,14 +36,14 @@ def _folded(p: Problem) -> bool:
 
 def _rounded(p: Problem) -> bool:
     """Whether w's numbers are rounded on their way to the tensor cores."""
-    if _folded(p):
+    if folded(p):
         return not emit.exact_scaled(p.w, "Bfloat16")
-    return not emit.exact(p.w.element, _operand(p))
+    return not emit.exact(p.w.element, operand_of(p))
 
 
 def _segment(p: Problem) -> int:
     """Columns that are added up before scales meet the sum: x's alone, where w's are folded."""
-    if not _folded(p):
+    if not folded(p):
         return segment_of(p)
     width = p.x.scale.block[1] if isinstance(p.x, Format) else None
     return p.k if width is None else min(width, p.k)
@@ -53,8 +53,8 @@ def _spec(p: Problem) -> Spec:
     width = p.w.scale.block[1]
     x_octet = product.octet_bytes(p.x)
     return Spec(
-        "folded" if _folded(p) else "segments",
-        _operand(p),
+        "folded" if folded(p) else "segments",
+        operand_of(p),
         p.x,
         p.w,
         tile_for(product.rows_of(p), p.w.element.bits, x_octet),
@@ -67,7 +67,8 @@ def _spec(p: Problem) -> Spec:
     )
 
 
-def _accepts(p: Problem) -> str | None:
+def refuse(p: Problem) -> str | None:
+    """Why tensor cores do not compute a product, in words; None if they do."""
     refusal = refuse_common(p)
     if refusal is not None:
         return refusal
@@ -84,12 +85,12 @@ def _accepts(p: Problem) -> str | None:
         return (
             f"scales of x must change at multiples of {_BLOCK} columns, they change every {segment}"
         )
-    operand = _operand(p)
+    operand = operand_of(p)
     if not emit.fits(p.w.element, operand):
         return f"{p.w.element.name} has values that float16 and bfloat16 would lose"
     if p.x == "float32" and _rounded(p):
         return f"rounds the values of {p.w.name} to bfloat16, which float32 x deserves better than"
-    if isinstance(p.w.zero, Element) and not _folded(p):
+    if isinstance(p.w.zero, Element) and not folded(p):
         farthest = max(p.w.element.max - p.w.zero.min, p.w.zero.max - p.w.element.min)
         if farthest > (2048 if operand == "Half" else 256):
             return f"{p.w.name} has differences up to {farthest:g}, which {operand} numbers lose"
@@ -102,7 +103,7 @@ def _refuse_x(p: Problem) -> str | None:
         return f"reads x without zero points and block biases, {p.x.name} has them"
     if p.x.element.integral and p.w.element.integral:
         return "sums of whole numbers have to be exact, float32 sums are not"
-    if not emit.exact(p.x.element, _operand(p)):
+    if not emit.exact(p.x.element, operand_of(p)):
         return f"the values of {p.x.name} are no numbers of tensor cores"
     return None
 
@@ -112,11 +113,13 @@ def _cost(p: Problem) -> float:
     return costs.seconds(p, spec, product.shares_of(p, spec))
 
 
-def _build(p: Problem) -> Bind:
+def build(p: Problem) -> Bind:
+    """Bind a product to weights."""
     return product.bind(p, _spec(p), _segment(p))
 
 
-def _roundings(p: Problem) -> Roundings:
+def roundings(p: Problem) -> Roundings:
+    """The arithmetic of a product."""
     spec, segment = _spec(p), min(_segment(p), p.k)
     segments, shares = -(-p.k // segment), product.shares_of(p, spec)
     terms = 3 if p.x == "float32" else 2 if p.x == "float16" and spec.operand == "Bfloat16" else 1
@@ -138,9 +141,9 @@ KERNELS = (
     Kernel(
         "matmul.cuda.mma",
         "cuda",
-        accepts=_accepts,
+        accepts=refuse,
         cost=_cost,
-        build=_build,
-        roundings=_roundings,
+        build=build,
+        roundings=roundings,
     ),
 )

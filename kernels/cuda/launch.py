@@ -95,6 +95,12 @@ class Machine(Protocol):
         transposed view.
         """
 
+    def tensor_map(self, array: Any, box: tuple[int, int], *, swizzle: int) -> Any:
+        """Return an argument of type `lb::TensorMap`: an array that TMA reads in boxes.
+
+        Rows of the array begin at multiples of 16 bytes; `swizzle` is 0 or 128.
+        """
+
     def address(self, array: Any) -> int:
         """Return where an array begins, for choosing the width of loads."""
 

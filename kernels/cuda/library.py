@@ -15,7 +15,7 @@ import numpy as np
 
 from lowbit.formats import reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import costs, dequantize, emit, launch
+from lowbit.kernels.cuda import costs, dequantize, emit, launch, product
 from lowbit.kernels.cuda.launch import Machine, Source
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
@@ -47,13 +47,9 @@ class _Finish:
 def _finish(spec: _Finish) -> Source:
     text = (
         '#include "finish.cuh"\nstruct Config {\n'
-        f"    using Residual = {emit.NUMBERS[spec.residual or 'float32']};\n"
-        f"    using Out = {emit.NUMBERS[spec.out]};\n"
         f"    static constexpr bool bias = {str(spec.bias).lower()};\n"
         f"    static constexpr bool residual = {str(spec.residual is not None).lower()};\n"
-        "    static constexpr lb::Activation activation = "
-        f"lb::Activation::{spec.activation or 'none'};\n"
-        f"{emit.widen(spec.residual or 'float32')}{emit.narrow(spec.out)}}};\n"
+        f"{product.after(spec.out, spec.activation, spec.residual)}}};\n"
     )
     return Source(text, "lb::finish<Config>", _THREADS)
 
@@ -107,9 +103,9 @@ def _bind(p: Problem, dtype: np.dtype[Any]) -> Bind:
             for top in range(0, w.shape[-2] if p.w_along else 1, tall):
                 part = slice(top, min(top + tall, w.shape[-2]))
                 right = _values(machine, reference.take(w, (), part), dtype)
-                product = machine.matmul(left, right if p.w_along else right.T)
+                sums = machine.matmul(left, right if p.w_along else right.T)
                 columns = slice(0, p.n) if not p.w_along else part
-                _finished(finish, product, epilogue, out[:, columns], columns)
+                _finished(finish, sums, epilogue, out[:, columns], columns)
 
         return run
 
@@ -117,16 +113,16 @@ def _bind(p: Problem, dtype: np.dtype[Any]) -> Bind:
 
 
 def _finished(
-    function: launch.Function, product: Array, epilogue: Epilogue, out: Array, columns: slice
+    function: launch.Function, sums: Array, epilogue: Epilogue, out: Array, columns: slice
 ) -> None:
     if not out.size:
         return
     residual = None if epilogue.residual is None else epilogue.residual[:, columns]
     arguments = (
-        product,
+        sums,
         np.float64(epilogue.alpha),
-        product if epilogue.bias is None else epilogue.bias[columns],
-        product if residual is None else residual,
+        sums if epilogue.bias is None else epilogue.bias[columns],
+        sums if residual is None else residual,
         np.int64(0 if residual is None else residual.strides[0] // residual.itemsize),
         out,
         np.int64(out.strides[0] // out.itemsize),

@@ -122,16 +122,22 @@ def source(spec: Spec) -> Source:
         + "    using Zero = WeightZero;\n    using Blocks = lb::WeightBlocks<Scale, Zero, "
         + f"{str(w.bias).lower()}, {str(spec.octets).lower()}>;\n"
         + f"    using W = {of_w};\n    using X = {of_x};\n"
-        + f"    using Out = {emit.NUMBERS[spec.out]};\n"
-        + f"    using Residual = {emit.NUMBERS[spec.residual or 'float32']};\n"
         + "".join(fields)
-        + "    static constexpr lb::Activation activation = "
-        + f"lb::Activation::{spec.activation or 'none'};\n"
-        + emit.widen(spec.residual or "float32")
-        + emit.narrow(spec.out)
+        + after(spec.out, spec.activation, spec.residual)
         + "};\n"
     )
     return Source(text, "lb::gemm<Config>", tile.threads, spec.stage * spec.stages)
+
+
+def after(out: str, activation: str | None, residual: str | None) -> str:
+    """Members of a configuration: what follows the sum, see epilogue.cuh."""
+    return (
+        f"    using Out = {emit.NUMBERS[out]};\n"
+        f"    using Residual = {emit.NUMBERS[residual or 'float32']};\n"
+        "    static constexpr lb::Activation activation = "
+        f"lb::Activation::{activation or 'none'};\n"
+        f"{emit.widen(residual or 'float32')}{emit.narrow(out)}"
+    )
 
 
 def _operands(spec: Spec) -> tuple[str, str, str]:
@@ -242,17 +248,18 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
 def _left(x: Any, absent: Array) -> tuple[Array, tuple[Any, ...], Array]:
     """x's numbers, as rows without gaps; its scales and their blocks; its tensor scale."""
     if not isinstance(x, Packed):
-        return _rows(x), (absent, np.int32(0), np.int32(1), np.int32(1)), absent
+        return steady(x), (absent, np.int32(0), np.int32(1), np.int32(1)), absent
     rows, columns = block_of(x)
     scales = x.scales
     left = (scales, np.int32(scales.shape[-1]), np.int32(rows), np.int32(columns))
-    return _rows(x.codes.view(np.uint8)), left, absent if x.tensor_scale is None else x.tensor_scale
+    factor = absent if x.tensor_scale is None else x.tensor_scale
+    return steady(x.codes.view(np.uint8)), left, factor
 
 
-def _rows(x: Array) -> Array:
+def steady(x: Array) -> Array:
     """Rows without gaps, one behind the other in memory."""
-    steady = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
-    return x if steady or (x.shape[1] == 1 and x.strides[0] > 0) else x.copy()
+    apart = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
+    return x if apart or (x.shape[1] == 1 and x.strides[0] > 0) else x.copy()
 
 
 def block_of(parts: Packed) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Text of `lb::wgmma` for each number of columns: too many operands for anything but a generator."""
+"""Text of `lb::wgmma` for each number of columns: too many operands to write by hand."""
 
 from __future__ import annotations
 
