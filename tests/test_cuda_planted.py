@@ -14,7 +14,7 @@ from planted import flattened, mutate
 
 import lowbit as lb
 from lowbit import dispatch
-from lowbit.kernels.cuda import launch, product
+from lowbit.kernels.cuda import hopper, launch, product
 from lowbit.kernels.cuda.launch import Device
 from lowbit.testing import conformance, exact_operands
 
@@ -30,13 +30,22 @@ class Bug:
     w: str = "int4_g64_asym"
     x: str = "float16"
     processors: int = 1
+    kernel: str = "matmul.cuda.mma"
     """With 64, blocks share the columns."""
 
     def __str__(self) -> str:
         return self.name
 
 
-INTEGERS: dict[str, Any] = {"w": "int4_g64_asym", "x": "int8_row"}
+HOPPER: dict[str, Any] = {
+    "kernel": "matmul.cuda.wgmma",
+    "m": 70,
+    "n": 70,
+    "k": 1088,
+    "w": "int4_g64",
+}
+HOPPER_ZEROS = {**HOPPER, "w": "uint4_g64_asym"}
+INTEGERS: dict[str, Any] = {"kernel": "matmul.cuda.integer", "w": "int4_g64_asym", "x": "int8_row"}
 SHARED: dict[str, Any] = {"processors": 64, "k": 1500}
 BUGS = (
     Bug("no barrier in the main loop", "        __syncthreads();\n        if (stage", "        if (stage"),
@@ -66,7 +75,7 @@ BUGS = (
     Bug("NaN codes are numbers", "return number | found;", "return number;", w="fp8_row"),
     Bug("half of a codebook is never looked up", "0x3210u | (codes & 0x8888u) >> 1", "0x3210u", w="fp4_g64"),
     Bug("float32 loses its last bits", "for (int term = 0; term < terms; ++term) {  // what", "for (int term = 0; term < terms - 1; ++term) {  out[terms - 1][j] = 0; // what", x="float32"),
-    Bug("bytes are not sign-extended", "if constexpr (Signed && Bits < 8) {", "if constexpr (false) {", w="int4_row", x="int8_row"),
+    Bug("bytes are not sign-extended", "if constexpr (Signed && Bits < 8) {", "if constexpr (false) {", w="int4_row", x="int8_row", kernel="matmul.cuda.integer"),
     Bug("sums of x are not taken off", "if constexpr (C::x_sums) whole -=", "if constexpr (false) whole -=", **INTEGERS),
     Bug("sums of x are not started anew", "for (int i = 0; i < 4; ++i) ones[xt][i] = 0;", "for (int i = 0; i < 0; ++i) ones[xt][i] = 0;", **INTEGERS),
     Bug("x meets the scale of another row", "xt * 8 + t * 2 + j, M - 1);", "xt * 8 + t * 2, M - 1);", **INTEGERS),
@@ -76,6 +85,24 @@ BUGS = (
     Bug("the bias of another column", "__fmaf_rn(times, v, bias[n])", "__fmaf_rn(times, v, bias[m])"),
     Bug("the residual has the result's pitch", "residual[m * residual_pitch + n]", "residual[m * out_pitch + n]"),
     Bug("shared memory is a stage short", "Stage stage[C::stages];", "Stage stage[C::stages + 1];"),
+    Bug("wgmma reads a stage that has not come", "mbarrier_wait(&shared.full[i % C::stages], i / C::stages & 1);", "", **HOPPER),
+    Bug("a stage is filled while wgmma reads it", "mbarrier_wait(&shared.empty[i % C::stages], i / C::stages & 1 ^ 1);", "", **HOPPER),
+    Bug("the phase of a barrier never turns", "mbarrier_wait(&shared.full[i % C::stages], i / C::stages & 1);", "mbarrier_wait(&shared.full[i % C::stages], 0);", **HOPPER),
+    Bug("sums are read before wgmma has written them", "        wgmma_wait<0>(sum);\n", "", **HOPPER),
+    Bug("operands of wgmma without a fence", "        wgmma_fence();\n#pragma", "#pragma", **HOPPER),
+    Bug("a stage is given back too early", "        wgmma_wait<0>(sum);\n        mbarrier_arrive(&shared.empty[i % C::stages]);", "        mbarrier_arrive(&shared.empty[i % C::stages]);\n        wgmma_wait<0>(sum);", **HOPPER),
+    Bug("a step reads the columns of the step before", "x + 2 * s);", "x + 2 * (s ? s - 1 : 0));", **HOPPER),
+    Bug("one warpgroup does not say that it has read", "mbarrier_init(&shared.empty[s], 256);", "mbarrier_init(&shared.empty[s], 257);", **HOPPER),
+    Bug("fewer bytes are expected than come", "sizeof(to.x) + sizeof(to.w)", "sizeof(to.x)", **HOPPER),
+    Bug("w's box is that of another stage", "&w_map, i * 8 * bits, n0", "&w_map, (i + 1) * 8 * bits, n0", **HOPPER),
+    Bug("halves of a fragment are exchanged", "a[o / 2][o % 2 * 2 + h] = pair;", "a[o / 2][o % 2 + 2 * h] = pair;", **HOPPER),
+    Bug("a lane takes its neighbour's codes", "neighbours_at<bits>(words, o, t)", "neighbours_at<bits>(words, o, t ^ 1)", **HOPPER),
+    Bug("a segment meets the scale of the next one", "if (closes) flush(own);", "if (closes) flush(scale);", **HOPPER),
+    Bug("a segment is added up twice", "sum[i], acc[i]), sum[i] = 0.f;", "sum[i], acc[i]);", **HOPPER),
+    Bug("rows 8 below have the scale of the rows above", "by[i / 2 % 2], sum", "by[0], sum", **HOPPER),
+    Bug("zero points of the stage before", "scale[h] = next_scale[h], zero[h] = next_zero[h];", "scale[h] = next_scale[h];", **HOPPER_ZEROS),
+    Bug("a stage of the ring is missing", "    Stage stage[C::stages];\n    Mbarrier", "    Stage stage[C::stages + 1];\n    Mbarrier", **HOPPER),
+    Bug("results of the wrong rows of x", "8 * j + 2 * t + i % 2", "8 * j + 2 * t + i / 2", **HOPPER),
 )  # fmt: skip
 
 
@@ -99,7 +126,7 @@ def check(bug: Bug, seed: int) -> None:
     case = exact_operands(bug.m, bug.n, bug.k, bug.w, bug.x, bias=True, seed=seed)
     case.expected[...] += residual[:, : bug.n]
     options = {**case.options, "residual": residual[:, : bug.n], "out_dtype": "float32"}
-    kernel = "matmul.cuda.integer" if bug.x.startswith("int") else "matmul.cuda.mma"
+    kernel = bug.kernel
     w = case.w
     if bug.x == "float32":
         conformance.same_bits(*identity_product(seed))
@@ -121,11 +148,14 @@ def test_planted_bugs_are_caught(gpu, bug, monkeypatch):
     gpu.device = Device(90, bug.processors)
     check(bug, 0)
 
+    module, name = (hopper, "source") if "wgmma" in bug.kernel else (product, "_source")
+    whole = getattr(module, name)
+
     def broken(spec):
-        made = product.source(spec)
+        made = whole(spec)
         return replace(made, text=mutate(flattened(made.text), bug.old, bug.new))
 
-    monkeypatch.setattr(product, "_source", broken)
+    monkeypatch.setattr(module, name, broken)
     assert any(noticed(gpu, bug, seed) for seed in range(4))
 
 
