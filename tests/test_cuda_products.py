@@ -247,3 +247,17 @@ def test_the_library_takes_empty_axes(gpu, m, n, k):
     got = lb.matmul(np.ones((m, k), np.float32), w.T, bias=np.ones(n), kernel=LIBRARY)
     assert got.shape == (m, n)
     assert (got == 1).all()
+
+
+@pytest.mark.parametrize("x", ["fp8_row", "fp8_e5m2_g64", "fp8_g128"])
+@pytest.mark.parametrize("w", ["fp8_128x128", "fp8_e5m2_row", "mxfp8"])
+def test_float8_has_an_instruction_on_ada(gpu, x, w):
+    gpu.device = Device(89, 4)
+    kernel = "matmul.cuda.float8"
+    conformance.exact_products(kernel, w, x)
+    assert conformance.bounded_products(kernel, w, x) > 0
+    left, right = conformance.dense_or_quantized(x, 3, 320), random_qarray(w, 5, 320)
+    result = lb.matmul(left, right.T, kernel=kernel)
+    assert 0 < assert_within_bound(result, left, right.T, kernel=kernel) < 1
+    gpu.device = Device(90, 4)
+    assert "no such instruction" in str(conformance.refusal(kernel, left, right))

@@ -52,7 +52,7 @@ def seconds(p: Problem, spec: Spec, shares: int) -> float:
     terms = {"float32": 3, "float16": 1 if spec.operand == "Half" else 2}.get(str(p.x), 1)
     if isinstance(p.x, Format):
         terms = 1
-    rate = found.products * (2 if spec.method == "integer" else 1)
+    rate = found.products * (2 if spec.operand == "Byte" else 1)
     multiplied = 2 * tile.rows * tile.columns * columns * terms / rate
     decoded = tile.rows * tile.threads // (32 * spec.tile.w_warps) * columns / found.decoded
     decoded *= 4 if spec.method == "folded" else 1

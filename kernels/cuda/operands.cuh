@@ -91,6 +91,12 @@ template <class Element> struct Coded {  // codes of a format
         }
     }
 };
+struct CodedFloat8 {
+    static constexpr int octet = 8, terms = 1;
+    template <bool, int Words> static LB_DEV void decode(u32 (&out)[1][2], const u32 (&words)[Words]) {
+        out[0][0] = words[0], out[0][1] = words[1];
+    }
+};
 template <int Bits> struct CodedBytes {  // of signed whole numbers
     static constexpr int octet = Bits, terms = 1;
     template <bool Alternating, int Words> static LB_DEV void decode(u32 (&out)[1][2], const u32 (&words)[Words]) {
@@ -111,7 +117,7 @@ template <class Element_, bool Zeros> struct Numbers {
     using Element = Element_;
     using Op = typename Element::Op;
     using Sum = float;
-    static constexpr int octet = Element::Bits, registers = 4, steps = 2;
+    static constexpr int octet = Element::Bits, registers = 4;
     static constexpr bool order = Element::adjacent;
     template <int Words> static LB_DEV void decode(u32 (&out)[4], const u32 (&words)[Words], int i, float zero) {
         u32 low, high;
@@ -135,7 +141,7 @@ template <class Element_, bool Zeros> struct Numbers {
 template <class Element_, bool Unsigned> struct Wholes {
     using Element = Element_;
     using Sum = int;
-    static constexpr int octet = Element::Bits, registers = 2, steps = 1;
+    static constexpr int octet = Element::Bits, registers = 2;
     static constexpr bool order = Element::alternating;
     template <int Words> static LB_DEV void decode(u32 (&out)[2], const u32 (&words)[Words], int i, float) {
         u32 low, high;
@@ -148,12 +154,28 @@ template <class Element_, bool Unsigned> struct Wholes {
         else mma_m16n8k32_s8(c, a, x);
     }
 };
+// float8 as it is, on both sides; true is e5m2, false e4m3.
+template <bool Left, bool Right> struct Float8s {
+    using Sum = float;
+    static constexpr int octet = 8, registers = 2;
+    static constexpr bool order = false;
+    template <int Words> static LB_DEV void decode(u32 (&out)[2], const u32 (&words)[Words], int i, float) {
+        out[0] = words[2 * i], out[1] = words[2 * i + 1];
+    }
+    static LB_DEV void multiply(float (&c)[4], const u32 (&first)[2], const u32 (&second)[2], const u32 (&x)[2]) {
+        const u32 a[4] = {first[0], second[0], first[1], second[1]};
+        if constexpr (Left && Right) mma_m16n8k32_e5m2(c, a, x);
+        else if constexpr (Left) mma_m16n8k32_e5m2e4m3(c, a, x);
+        else if constexpr (Right) mma_m16n8k32_e4m3e5m2(c, a, x);
+        else mma_m16n8k32_e4m3(c, a, x);
+    }
+};
 // Every number scaled before it is rounded to Op's: for blocks that are too short for sums of their own.
 template <class Element_, class Blocks> struct Folded {
     using Element = Element_;
     using Op = typename Element::Op;
     using Sum = float;
-    static constexpr int octet = Element::Bits, registers = 4, steps = 2;
+    static constexpr int octet = Element::Bits, registers = 4;
     static constexpr bool order = Element::adjacent;
     template <int Words>
     static LB_DEV void decode(u32 (&out)[4], const u32 (&words)[Words], int i, const Blocks& blocks, int row, int column) {

@@ -26,7 +26,7 @@ class Spec:
 
     method: str
     """"segments": sums of a segment meet their scales. "folded": w's numbers do. "integer":
-    segments of whole numbers, exactly."""
+    segments of whole numbers, exactly. "float8": codes of both sides as they are."""
     operand: str
     """"Half" or "Bfloat16", what tensor cores multiply; "Byte" for whole numbers."""
     x: Format | str
@@ -151,6 +151,10 @@ def _operands(spec: Spec) -> tuple[str, str, str]:
             f"lb::Wholes<{emit.octets(w.element)}, {str(unsigned).lower()}>",
             f"lb::CodedBytes<{x.element.bits}>",
         )
+    if spec.method == "float8":
+        assert isinstance(x, Format)
+        wide = (str(side.element.name == "float8_e5m2").lower() for side in (w, x))
+        return "", f"lb::Float8s<{', '.join(wide)}>", "lb::CodedFloat8"
     before, element = emit.numbers(w.element, spec.operand, "WeightTable")
     if spec.method == "folded":
         of_w = f"lb::Folded<{element}, Blocks>"
