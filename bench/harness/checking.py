@@ -108,11 +108,11 @@ def share_of_bound(answer: Array, x: Array, n: int, meaning: Meaning) -> float:
     for part in parts(x.shape[0], n):
         value, error = meaning.bound(x[part.rows], part.columns)
         got = answer[np.ix_(part.rows, part.columns)].astype(np.float64)
-        worst = max(worst, _compare(got, value, error, part))
+        worst = max(worst, compare(got, value, error, part))
     return worst
 
 
-def _compare(got: Array, value: Array, error: Array, part: Part) -> float:
+def compare(got: Array, value: Array, error: Array, part: Part) -> float:
     with np.errstate(invalid="ignore"):
         distance = np.abs(got - value)
     outside = ~(distance <= error)

@@ -32,6 +32,8 @@ class Faster:
     first: int = 1
     """Rows of x from which on this holds."""
     last: int = 1 << 30
+    of: Work | None = None
+    """The only work of ours that this holds for; None is all of the group."""
     bandwidth: float | None = None
     """Share of the read bandwidth that is enough."""
 
@@ -44,6 +46,7 @@ class Reaches:
     share: float
     first: int = 1
     last: int = 1 << 30
+    of: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,27 @@ class Beside:
     other_m: int
 
 
-Target = Faster | Reaches | Beside
+@dataclass(frozen=True)
+class Within:
+    """A call takes at most these seconds."""
+
+    seconds: float
+    first: int = 1
+    last: int = 1 << 30
+    of: Work | None = None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """At least these multiplications and additions a second, whatever the machine's peak."""
+
+    operations: float
+    first: int = 1
+    last: int = 1 << 30
+    of: Work | None = None
+
+
+Target = Faster | Reaches | Beside | Within | Rate
 
 
 @dataclass(frozen=True)
@@ -137,8 +160,8 @@ class Row:
     @property
     def traffic(self) -> int:
         """Bytes of weights, x and y, each once."""
-        x_bytes = {"float32": 4, "bfloat16": 2}.get(self.work.x, 1)
-        y_bytes = 2 if self.work.x == "bfloat16" else 4
+        x_bytes = {"float32": 4, "float16": 2, "bfloat16": 2}.get(self.work.x, 1)
+        y_bytes = 2 if x_bytes == 2 else 4
         work = self.work
         return self.weight_bytes + self.m * (work.k * x_bytes + work.n * y_bytes)
 

@@ -18,7 +18,7 @@ def group_table(rows: Sequence[Row], verdicts: Sequence[Verdict], roofs: Roofs) 
     contest = len({row.work for row in rows}) == 1 and len(points) == len(rows)
     contest = contest and all((OURS, m) in points for _, m in points)
     table = (_contest if contest else _list)(rows, verdicts, roofs)
-    return Group(table, *_notes(rows))
+    return Group(table, *notes(rows))
 
 
 def _contest(rows: Sequence[Row], verdicts: Sequence[Verdict], roofs: Roofs) -> Table:
@@ -108,7 +108,7 @@ def _own(verdicts: Iterable[Verdict], shown: Iterable[str]) -> Text:
     return cell
 
 
-def _notes(rows: Iterable[Row]) -> list[Text]:
+def notes(rows: Iterable[Row]) -> list[Text]:
     """Why contenders have no times, each reason once."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for row in rows:

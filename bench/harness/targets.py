@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.records import OURS, Beside, Entrant, Faster, Reaches, Row, Target
+from harness.records import (
+    OURS,
+    Beside,
+    Entrant,
+    Faster,
+    Rate,
+    Reaches,
+    Row,
+    Target,
+    Within,
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,12 @@ def judge(
             verdicts += _beside(target, timed)
             continue
         for row in timed:
-            if row.name.partition(".")[0] == OURS and target.first <= row.m <= target.last:
+            ours = row.name.partition(".")[0] == OURS and target.of in (None, row.work)
+            if ours and target.first <= row.m <= target.last:
                 if isinstance(target, Faster):
                     verdicts += _faster(target, row, timed, roofs[row.threads])
+                elif isinstance(target, Within | Rate):
+                    verdicts.append(_absolute(target, row))
                 else:
                     verdicts += _reaches(target, row, roofs[row.threads])
     return verdicts
@@ -102,7 +115,7 @@ def judge(
 def _faster(target: Faster, row: Row, timed: list[Row], roofs: Roofs) -> Iterable[Verdict]:
     for other in timed:
         same = (other.name, other.m, other.threads) == (target.peer, row.m, row.threads)
-        if same and other.work == row.work:
+        if same and alike(other, row):
             ratio, enough = other.seconds / row.seconds, ""
             if ratio < target.factor and target.bandwidth is not None:
                 share = read_share(row, roofs)
@@ -116,6 +129,21 @@ def _faster(target: Faster, row: Row, timed: list[Row], roofs: Roofs) -> Iterabl
                 noisy=row.noisy or other.noisy,
                 enough=enough,
             )
+
+
+def alike(other: Row, row: Row) -> bool:
+    """Whether a peer does the row's work, or multiplies dense weights of the same shape."""
+    dense = other.work.dense and (other.work.n, other.work.k) == (row.work.n, row.work.k)
+    return dense or other.work == row.work
+
+
+def _absolute(target: Within | Rate, row: Row) -> Verdict:
+    if isinstance(target, Within):
+        against = f"{target.seconds * 1e6:g} us"
+        return Verdict(row, against, target.seconds / row.seconds, 1.0, noisy=row.noisy)
+    against = f"{target.operations / 1e12:g} Top/s"
+    rate = row.operations / row.seconds
+    return Verdict(row, against, rate / target.operations, 1.0, noisy=row.noisy)
 
 
 def _reaches(target: Reaches, row: Row, roofs: Roofs) -> Iterable[Verdict]:

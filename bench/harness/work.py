@@ -31,6 +31,11 @@ class Work:
         return f"{self.weight} ({self.n}, {self.k}) x {self.x}{inner}"
 
     @property
+    def dense(self) -> bool:
+        """Whether w is not quantized at all."""
+        return self.weight in ("float32", "float16", "bfloat16")
+
+    @property
     def integer(self) -> bool:
         """Whether int8 is multiplied with integers."""
         return self.x.startswith("int8") or (self.inner or "").startswith("int8")

@@ -63,7 +63,7 @@ class Peer(Protocol):
 def found() -> dict[str, Peer]:
     """The peer of each contender's name."""
     peers: dict[str, Peer] = {}
-    for module in sorted(info.name for info in iter_modules(__path__)):
+    for module in sorted(info.name for info in iter_modules(__path__) if not info.ispkg):
         peer = cast("Peer", import_module(f"{__name__}.{module}"))
         peers |= dict.fromkeys(peer.NAMES, peer)
     return peers
