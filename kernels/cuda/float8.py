@@ -48,7 +48,7 @@ def _accepts(p: Problem) -> str | None:
     capability = launch.parse(p.device).capability
     if capability not in _CAPABILITIES:
         return f"sm_{capability} has no such instruction for a warp"
-    refusal = refuse_common(p)
+    refusal = refuse_common(p) or product.refuse_sizes(p)
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
@@ -59,8 +59,6 @@ def _accepts(p: Problem) -> str | None:
     segment = segment_of(p)
     if segment < p.k and segment % _BLOCK:
         return f"scales must change at multiples of {_BLOCK} columns, they change every {segment}"
-    if p.k > product.MOST_COLUMNS:
-        return f"counts columns up to {product.MOST_COLUMNS}, got {p.k}"
     return None
 
 

@@ -69,11 +69,9 @@ def _spec(p: Problem) -> Spec:
 
 def refuse(p: Problem) -> str | None:
     """Why tensor cores do not compute a product, in words; None if they do."""
-    refusal = refuse_common(p)
+    refusal = refuse_common(p) or product.refuse_sizes(p)
     if refusal is not None:
         return refusal
-    if p.k > product.MOST_COLUMNS:
-        return f"counts columns up to {product.MOST_COLUMNS}, got {p.k}"
     if isinstance(p.x, Format):
         refusal = _refuse_x(p)
         if refusal is not None:

@@ -58,7 +58,7 @@ def _spec(p: Problem) -> Spec:
 
 
 def _accepts(p: Problem) -> str | None:
-    refusal = refuse_common(p)
+    refusal = refuse_common(p) or product.refuse_sizes(p)
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
@@ -67,8 +67,6 @@ def _accepts(p: Problem) -> str | None:
         return f"wants signed integers without zero point for x, got {p.x.name}"
     if emit.whole(p.w.element) is None or isinstance(p.w.zero, str) or p.w.bias:
         return f"wants integers with integer zero points for w, got {p.w.name}"
-    if p.k > product.MOST_COLUMNS:
-        return f"counts columns up to {product.MOST_COLUMNS}, got {p.k}"
     if _segment(p) is None:
         return (
             f"scales must change at multiples of {_BLOCK} columns, they change every "

@@ -15,6 +15,7 @@ from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cuda.tiles import Tile
 from lowbit.kernels.declare import Array, Bind, Epilogue, Problem, Run
 
+MOST_ROWS = 65535 * 128  # of tiles along a grid's second axis
 MOST_COLUMNS = 2**28  # bytes of a row are counted in int
 _USUAL = 64
 _DENSE = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -270,6 +271,15 @@ def block_of(parts: Packed) -> tuple[int, int]:
     """Rows and columns that share a scale."""
     (rows, columns), (m, k) = parts.format.scale.block, parts.matrix
     return rows or m, columns or k
+
+
+def refuse_sizes(p: Problem) -> str | None:
+    """Why a product is too large for one launch, in words; None if it is not."""
+    if p.k > MOST_COLUMNS:
+        return f"counts columns up to {MOST_COLUMNS}, got {p.k}"
+    if max(p.m, p.n) > MOST_ROWS:
+        return f"a launch has tiles for {MOST_ROWS} rows of either operand, got {max(p.m, p.n)}"
+    return None
 
 
 def rows_of(p: Problem) -> int:
