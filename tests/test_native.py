@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lowbit.kernels import objects
 from lowbit.kernels.cpu import isa, native
 
 TRIPLE = """
@@ -255,7 +256,7 @@ def test_without_a_writable_folder_everything_stays_in_memory(folder, monkeypatc
     file.write_text("in the way")
     monkeypatch.setenv("LOWBIT_CACHE_DIR", str(file / "cache"))
     assert triple(native.load(TRIPLE, isa.host())) == 42
-    place, why = native.cache_directory()
+    place, why = objects.directory()
     assert place is None
     assert "cannot be made" in why
     # A folder that is there and takes no files; mode bits would not stop root.
@@ -273,7 +274,7 @@ def test_the_folder_is_the_users_own_unless_named(monkeypatch, tmp_path):
     monkeypatch.delenv("LOWBIT_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    place, why = native.cache_directory()
+    place, why = objects.directory()
     assert not why
     assert place is not None
     assert place.is_relative_to(tmp_path)

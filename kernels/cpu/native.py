@@ -1,4 +1,4 @@
-"""Text of LLVM IR to callable addresses, through llvmlite.binding alone, with an object cache.
+"""Text of LLVM IR to callable addresses, through llvmlite.binding alone, cached.
 
 Only llvmlite.binding is imported, on first use (about 50 ms). numba never is.
 
@@ -16,21 +16,16 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import stat
 import threading
-import warnings
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.kernels import objects
 from lowbit.kernels.cpu.isa import Isa, runnable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_SCHEMA = 2
-_MAGIC = b"lowbit object %d\n" % _SCHEMA
 _DEFINED = re.compile(r"^\s*define\b(?![^@]*\b(?:internal|private)\b)[^@]*@([\w.$]+)\(", re.M)
 
 # Held over a fork too: a child must not inherit LLVM half way through a compilation.
@@ -85,41 +80,6 @@ def object_code(ir: str, isa: Isa) -> bytes:
         return bytes(machine.emit_object(module))
 
 
-def cache_directory() -> tuple[Path | None, str]:
-    """Return the folder of the object cache, or None and why kernels stay in memory only."""
-    given = os.environ.get("LOWBIT_CACHE_DIR")
-    if given:
-        folder = Path(given).absolute()
-    else:
-        import platformdirs
-
-        folder = Path(platformdirs.user_cache_dir("lowbit", appauthor=False))
-        if not folder.is_absolute():
-            return None, "this user has no home folder. Set LOWBIT_CACHE_DIR."
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError as error:
-        return None, f"{folder} cannot be made: {error.strerror}"
-    why = _distrust(status)
-    if why:
-        why = f"{folder} is {why}, and kernels are executed from it. Set LOWBIT_CACHE_DIR."
-        warnings.warn(f"object cache not used: {why}", RuntimeWarning, stacklevel=2)
-        return None, why
-    return folder, ""
-
-
-def _distrust(status: os.stat_result) -> str:
-    """Say why somebody else could have written what stands there; empty: only we could."""
-    if not hasattr(os, "geteuid"):
-        return ""  # Windows: the user's own profile folder, guarded by its access list.
-    if status.st_uid != os.geteuid():
-        return f"owned by user {status.st_uid}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"writable by others (mode {stat.S_IMODE(status.st_mode):o})"
-    return ""
-
-
 @cache
 def _llvm() -> Any:
     import llvmlite.binding as llvm
@@ -168,14 +128,10 @@ def _link(code: bytes, symbols: list[str]) -> dict[str, int]:
 
 def _object(ir: str, isa: Isa) -> bytes:
     key = _key(ir, isa)
-    folder, _ = cache_directory()
-    if folder is not None:
-        code = _read(folder / key, key)
-        if code is not None:
-            return code
-    code = object_code(ir, isa)
-    if folder is not None:
-        _write(folder / key, key, code)
+    code = objects.read(key)
+    if code is None:
+        code = object_code(ir, isa)
+        objects.write(key, code)
     return code
 
 
@@ -184,49 +140,11 @@ def _key(ir: str, isa: Isa) -> str:
 
     llvm = _llvm()
     identity = (
-        _SCHEMA,
+        objects.SCHEMA,
         llvmlite.__version__,
         llvm.llvm_version_info,
         llvm.get_process_triple(),
         isa,
         ir,
     )
-    return _digest(repr(identity).encode()).hex()
-
-
-def _digest(data: bytes) -> bytes:
-    import hashlib  # here, not at the top: the pool is part of `import lowbit`
-
-    return hashlib.sha256(data).digest()
-
-
-def _seal(key: str, code: bytes) -> bytes:
-    return _MAGIC + _digest(key.encode() + code)
-
-
-def _read(path: Path, key: str) -> bytes | None:
-    try:
-        with path.open("rb") as entry:
-            if _distrust(os.fstat(entry.fileno())):
-                return None
-            data = entry.read()
-    except OSError:
-        return None
-    size = len(_MAGIC) + 32
-    code = data[size:]
-    return code if data[:size] == _seal(key, code) else None
-
-
-def _write(path: Path, key: str, code: bytes) -> None:
-    import tempfile
-
-    # Another process may write the same entry now: each has its own file, the last one stays.
-    with suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as entry:
-                entry.write(_seal(key, code) + code)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    return objects.digest(repr(identity).encode()).hex()

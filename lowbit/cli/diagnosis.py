@@ -161,9 +161,9 @@ def _threads() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from lowbit.kernels.cpu import native
+    from lowbit.kernels import objects
 
-    folder, why = native.cache_directory()
+    folder, why = objects.directory()
     if folder is None:
         yield Finding("cache", why, "every process compiles its kernels again")
     elif not os.access(folder, os.W_OK):
