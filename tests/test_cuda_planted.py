@@ -102,7 +102,9 @@ BUGS = (
     Bug("rows 8 below have the scale of the rows above", "by[i / 2 % 2], sum", "by[0], sum", **HOPPER),
     Bug("zero points of the stage before", "scale[h] = next_scale[h], zero[h] = next_zero[h];", "scale[h] = next_scale[h];", **HOPPER_ZEROS),
     Bug("a stage of the ring is missing", "    Stage stage[C::stages];\n    Mbarrier", "    Stage stage[C::stages + 1];\n    Mbarrier", **HOPPER),
-    Bug("results of the wrong rows of x", "8 * j + 2 * t + i % 2", "8 * j + 2 * t + i / 2", **HOPPER),
+    Bug("results of the wrong rows of x", "sums_of[8 * j + 2 * t + i % 2]", "sums_of[8 * j + 2 * t + i / 2]", **HOPPER),
+    Bug("results are read before they are there", "    named_barrier_sync(1, 256);\n#pragma unroll 1", "#pragma unroll 1", **HOPPER),
+    Bug("results overwrite a stage that is read", "    named_barrier_sync(1, 256);  // nobody reads a stage any more\n", "", **HOPPER),
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@
 
 namespace lb {
 
+constexpr int hopper_apart = 132;  // floats between rows of results: lanes write to different banks
 constexpr int hopper_depth = 64;  // columns of a stage: 128 bytes of x, which TMA swizzles
 
 template <class C> struct HopperTiles {
@@ -126,14 +127,23 @@ gemm_sm90(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     double factor = alpha;
     if constexpr (C::w_factor) factor *= double(*w_factor);
     const Finish<C> finish{float(factor), bias, residual, residual_pitch, out, out_pitch};
+    // Through shared memory, so that a warp writes columns of the result that lie side by side.
+    auto& sums_of = *reinterpret_cast<float(*)[columns][hopper_apart]>(shared.stage);
+    static_assert(sizeof(sums_of) <= sizeof(shared.stage), "the tile does not fit the stages");
+    named_barrier_sync(1, 256);  // nobody reads a stage any more
 #pragma unroll
     for (int j = 0; j < columns / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int n = n0 + row + 8 * (i / 2), m = m0 + 8 * j + 2 * t + i % 2;
             const float v = C::whole ? __fmul_rn(scale[i / 2], sum[4 * j + i]) : acc[C::whole ? 0 : 4 * j + i];
-            if (m < M && n < N) finish(m, n, v);
+            sums_of[8 * j + 2 * t + i % 2][row + 8 * (i / 2)] = v;
         }
+    named_barrier_sync(1, 256);
+#pragma unroll 1
+    for (int m = int(warp()); m < min(columns, M - m0); m += 8)
+#pragma unroll
+        for (int n = int(lane()); n < 128; n += 32)
+            if (n0 + n < N) finish(m0 + m, n0 + n, sums_of[m][n]);
 }
 
 }  // namespace lb
