@@ -12,8 +12,6 @@ struct Operation {
     alignas(16) char data[256];
 };
 std::vector<Operation> soon, late;
-char operation_sync[1024];
-u32 operations;
 void* engine_thread;
 
 // A phase ends when no arrival is pending and the bytes announced have come.
@@ -21,7 +19,7 @@ struct Mbarrier {
     u32 count, pending, phase;
     long bytes;
     std::vector<u32> waiting;
-    char sync[2];
+    char* sync[2];
 };
 std::map<const void*, Mbarrier> mbarriers;
 Mbarrier& state_of(const void* b, Where at) {
@@ -33,7 +31,8 @@ Mbarrier& state_of(const void* b, Where at) {
 
 void reset_copies() {
     soon.clear(), late.clear(), mbarriers.clear();
-    if (!engine_thread) engine_thread = new_thread();
+    if (engine_thread) end_thread(engine_thread);
+    engine_thread = new_thread();
 }
 void check_finished(const Lane& lane) {
     for (auto& group : lane.groups)
@@ -70,7 +69,7 @@ bool async_complete(u32 keep_groups, Pending& next) {
 
 void async_later(void (*run)(void*), const void* data, size_t bytes) {
     Quiet quiet;
-    Operation op{run, &operation_sync[operations++ % 1024], {}};
+    Operation op{run, new_sync(), {}};
     release(op.sync);
     memcpy(op.data, data, bytes);
     (coin() ? soon : late).push_back(op);
@@ -103,12 +102,12 @@ void engine_wrote([[maybe_unused]] void* p) {
 void mbarrier_init(const void* b, u32 count, Where at) {
     Quiet quiet;
     check_shared(b, 8, "mbarrier_init", at);
-    mbarriers[b] = {count, count, 0, 0, {}, {}};
+    mbarriers[b] = {count, count, 0, 0, {}, {new_sync(), new_sync()}};
 }
 void mbarrier_update(const void* b, u32 arrivals, long bytes, Where at) {
     Quiet quiet;
     Mbarrier& s = state_of(b, at);
-    release(&s.sync[s.phase & 1]);
+    release(s.sync[s.phase & 1]);
     if (arrivals > s.pending) fail_at(at, "mbarrier %p: more arrivals than its count of %u", b, s.count);
     s.pending -= arrivals, s.bytes += bytes;
     if (s.pending || s.bytes) return;
@@ -122,6 +121,6 @@ void mbarrier_wait(const void* b, u32 parity, Where at) {
         state_of(b, at).waiting.push_back(current->id);
         wait("mbarrier_wait", at);
     }
-    acquire(&state_of(b, at).sync[parity]);
+    acquire(state_of(b, at).sync[parity]);
 }
 }  // namespace emu

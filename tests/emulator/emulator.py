@@ -41,13 +41,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from emulator_build import CompileError, EmulatorError, build, missing
+from emulator_build import CompileError, EmulatorError, RaceError, build, missing
 from emulator_memory import Argument, Array, Copy, groups, is_sparse, poisoned, sparse
 from races import Log
 
 from lowbit.kernels.cuda.launch import Device, Source
 
-__all__ = ["CompileError", "Emulator", "EmulatorError", "TensorMap", "missing"]
+__all__ = ["CompileError", "Emulator", "EmulatorError", "RaceError", "TensorMap", "missing"]
 
 HOPPER = Device(90, 4)
 KIB = 1024
@@ -181,7 +181,7 @@ class EmulatedFunction:
             self._check(grid, block, args, shared_mem)
             self._launch(grid, block, args, shared_mem)
         except EmulatorError as e:
-            raise EmulatorError(f"{self._source.name}: {e}") from None
+            raise type(e)(f"{self._source.name}: {e}") from None
         self._emulator.launches.append(self._source.name)
 
     def _check(
@@ -244,7 +244,7 @@ class EmulatedFunction:
                 raise EmulatorError(message + _place(message, copies))
             races = _races.news()
             if races:
-                raise EmulatorError("; ".join(races))
+                raise RaceError("; ".join(races))
             for copy in copies:
                 copy.copy_back()
         finally:

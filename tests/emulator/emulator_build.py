@@ -47,6 +47,10 @@ def headers() -> Path | None:
     return next((p for p in places if (p / "cuda_fp16.h").exists()), None)
 
 
+class RaceError(EmulatorError):
+    """ThreadSanitizer's: accesses of a launch that nothing orders."""
+
+
 class CompileError(EmulatorError):
     """A text that is no kernel."""
 

@@ -19,6 +19,7 @@ struct Quiet {
 inline void acquire(void* p) { __tsan_acquire(p); }
 inline void release(void* p) { __tsan_release(p); }
 inline void* new_thread() { return __tsan_create_fiber(0); }
+inline void end_thread(void* thread) { __tsan_destroy_fiber(thread); }
 inline void* this_thread() { return __tsan_get_current_fiber(); }
 inline void switch_thread(void* to) { __tsan_switch_to_fiber(to, 1); }  // 1: a switch orders nothing
 constexpr bool sanitized = true;
@@ -29,6 +30,7 @@ struct Quiet { Quiet() {} };
 inline void acquire(void*) {}
 inline void release(void*) {}
 inline void* new_thread() { return nullptr; }
+inline void end_thread(void*) {}
 inline void* this_thread() { return nullptr; }
 inline void switch_thread(void*) {}
 constexpr bool sanitized = false;

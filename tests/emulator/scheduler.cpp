@@ -107,8 +107,27 @@ void lane_main() {
     abort();
 }
 
+// ThreadSanitizer takes a new thread for one that has ended, so threads end with the launch; or before,
+// as there can be 8,000 of them.
+std::vector<void*> ended_threads;
+constexpr size_t most_ended_threads = 4096;
+void end_threads() {
+    for (void* thread : ended_threads) end_thread(thread);
+    ended_threads.clear();
+}
+void drop_fibers() {
+    for (Fiber& fiber : fibers) {
+        if (!fiber.stack) continue;
+        if (sanitized) ended_threads.push_back(fiber.thread);
+        unmap_between_guards(fiber.stack, stack_bytes);
+        fiber.stack = nullptr;
+    }
+    if (ended_threads.size() > most_ended_threads) end_threads();
+}
+
 void run_block(const Launch& launch) {
     Quiet quiet;
+    if (sanitized) drop_fibers();  // a thread, or a stack, that had been in two blocks would order them
     ready.clear();
     ready.reserve(max_lanes + 1);
     live = lane_count, spins = 0;
@@ -116,13 +135,9 @@ void run_block(const Launch& launch) {
     reset_copies();
     reset_shared(launch.shared_bytes, launch.shared_limit);
     for (auto reset : resets()) reset();
-    // Lanes take fibers in a new order each block: ThreadSanitizer then tells thread t of one block from t of another.
-    std::vector<u32> order(lane_count);
-    std::iota(order.begin(), order.end(), 0u);
-    shuffle(order);
     for (u32 i = 0; i < lane_count; ++i) {
         Lane& lane = lanes[i];
-        lane.fiber = &fibers[order[i]];
+        lane.fiber = &fibers[i];
         if (!lane.fiber->stack) *lane.fiber = {map_between_guards(stack_bytes), new_thread()};
         lane.sp = first_frame(lane.fiber->stack + stack_bytes, lane_main);
         lane.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -252,11 +267,9 @@ const char* run(const Launch& launch, void (*kernel_body)(void*), void* context)
     run_blocks(launch);
     acquire(&launch_end);
     release_shared();
-#ifndef EMU_TSAN  // whose threads belong to their stacks
-    // A process has 65,530 mappings at most, three of them a stack, and every kernel its own scheduler.
-    for (Fiber& fiber : fibers)
-        if (fiber.stack) unmap_between_guards(fiber.stack, stack_bytes), fiber.stack = nullptr;
-#endif
+    drop_fibers();  // a process has 65,530 mappings at most, three of them a stack
+    end_threads();
+    syncs.clear();
     return failed ? error : nullptr;
 }
 }  // namespace emu

@@ -33,6 +33,10 @@ void wake(Lane& lane);
 void let_others_run();             // this lane stays ready
 [[noreturn]] void give_up();       // the launch has failed
 
+// What release and acquire are told, for ThreadSanitizer. No address serves twice in a launch: it would
+// order the blocks, which are concurrent.
+char* new_sync();
+
 // Of each part, at the start of a block.
 void reset_barriers();
 void reset_copies();

@@ -7,13 +7,14 @@ struct Barrier {  // bar.sync: 16 of them a block
     u32 threads, arrived, phase;
     Where at;
     std::vector<u32> waiting;
-    char sync[2];  // two, as a fast lane may reach the next phase before a slow one leaves
+    char* sync[2];  // two, as a fast lane may reach the next phase before a slow one leaves
 };
 Barrier barriers[16];
 char fence_sync;
 
 struct Open {  // a collective that not all lanes have come to, or left
     Collective what;
+    char* sync;
     u32 arrived, leaving;
     Slots in, out;
 };
@@ -25,7 +26,7 @@ std::vector<Warp> warps;
 }  // namespace
 
 void reset_barriers() {
-    for (auto& b : barriers) b.threads = b.arrived = b.phase = 0, b.waiting.clear();
+    for (auto& b : barriers) b = {0, 0, 0, {}, {}, {new_sync(), new_sync()}};
     warps.clear();
     warps.resize((lane_count + 31) / 32);
     for (u32 i = 0; i < lane_count; ++i) warps[i / 32].present |= 1u << i % 32;
@@ -42,7 +43,7 @@ void barrier(u32 id, u32 threads, bool waits, Where at) {
     if (b.arrived && id == 0 && !(b.at == at)) fail_at(at, "__syncthreads: others are at the one of line %d", b.at.line);
     if (b.arrived && b.threads != threads) fail_at(at, "barrier %u of %u threads: others want %u", id, threads, b.threads);
     b.at = at, b.threads = threads;
-    char* sync = &b.sync[b.phase & 1];
+    char* sync = b.sync[b.phase & 1];
     release(sync);
     if (++b.arrived == threads) {
         b.arrived = 0, ++b.phase;
@@ -71,7 +72,7 @@ void collective(const Collective& what, const void* in, size_t in_bytes, void* o
     for (auto& o : warp.open)
         if (o->what.mask == mask && o->arrived != mask) c = o.get();
     if (!c) {
-        if (warp.spare.empty()) warp.spare.push_back(std::make_unique<Open>());
+        if (warp.spare.empty()) warp.spare.push_back(std::make_unique<Open>()), warp.spare[0]->sync = new_sync();
         warp.open.push_back(std::move(warp.spare.back()));
         warp.spare.pop_back();
         c = warp.open.back().get();
@@ -81,7 +82,7 @@ void collective(const Collective& what, const void* in, size_t in_bytes, void* o
     }
     if (in_bytes) memcpy(c->in.lane[lane], in, in_bytes);
     c->arrived |= bit;
-    if (what.orders_memory) release(c);
+    if (what.orders_memory) release(c->sync);
     if (c->arrived == mask) {
         if (what.combine) what.combine(mask, c->in, c->out, what.immediate);
         for (u32 i = 0; i < 32; ++i)
@@ -90,7 +91,7 @@ void collective(const Collective& what, const void* in, size_t in_bytes, void* o
     } else {
         wait(what.op, what.at);
     }
-    if (what.orders_memory) acquire(c);
+    if (what.orders_memory) acquire(c->sync);
     if (out_bytes) memcpy(out, c->out.lane[lane], out_bytes);
     if (c->leaving &= ~bit) return;
     for (auto& o : warp.open)
