@@ -35,17 +35,6 @@ template <int Bytes> LB_DEV u64 load_bytes(const u8* at, int count, int align) {
     return value;
 }
 
-template <class Out> LB_DEV void store(u8* to, const Octet<Out>& octet, int count, int align) {
-    if (count == 8 && align >= 8) {
-#pragma unroll
-        for (int i = 0; i < octet.words; i += 2) store8(to + 4 * i, make_uint2(octet.word[i], octet.word[i + 1]));
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (i < count) reinterpret_cast<typename Out::Stored*>(to)[i] = octet.stored(i);
-    }
-}
-
 // What the codes of a block are multiplied by and moved by.
 template <class F, Way way> struct Block {
     using Scale = typename F::Scale;

@@ -9,15 +9,14 @@ using u64 = unsigned long long;
 using i64 = long long;
 
 // ---- arithmetic of one rounding: never contracted into an fma ------------------------------------
+LB_DEV float add(float a, float b) { return __fadd_rn(a, b); }
+LB_DEV float sub(float a, float b) { return __fsub_rn(a, b); }
+LB_DEV float mul(float a, float b) { return __fmul_rn(a, b); }
+LB_DEV float div(float a, float b) { return __fdiv_rn(a, b); }
+LB_DEV double add(double a, double b) { return __dadd_rn(a, b); }
+LB_DEV double sub(double a, double b) { return __dsub_rn(a, b); }
+LB_DEV double mul(double a, double b) { return __dmul_rn(a, b); }
 #ifdef LOWBIT_EMU
-LB_DEV float add(float a, float b) { return a + b; }
-LB_DEV float sub(float a, float b) { return a - b; }
-LB_DEV float mul(float a, float b) { return a * b; }
-LB_DEV float div(float a, float b) { return a / b; }
-LB_DEV float root(float a) { return std::sqrt(a); }
-LB_DEV double add(double a, double b) { return a + b; }
-LB_DEV double sub(double a, double b) { return a - b; }
-LB_DEV double mul(double a, double b) { return a * b; }
 // Exact in float64, so that the rounding to float32 tells on which side the product lies.
 LB_DEV float mul_down(float a, float b) {
     const float near = a * b;
@@ -28,14 +27,6 @@ LB_DEV float mul_up(float a, float b) {
     return double(near) < double(a) * double(b) ? std::nextafter(near, INFINITY) : near;
 }
 #else
-LB_DEV float add(float a, float b) { return __fadd_rn(a, b); }
-LB_DEV float sub(float a, float b) { return __fsub_rn(a, b); }
-LB_DEV float mul(float a, float b) { return __fmul_rn(a, b); }
-LB_DEV float div(float a, float b) { return __fdiv_rn(a, b); }
-LB_DEV float root(float a) { return __fsqrt_rn(a); }
-LB_DEV double add(double a, double b) { return __dadd_rn(a, b); }
-LB_DEV double sub(double a, double b) { return __dsub_rn(a, b); }
-LB_DEV double mul(double a, double b) { return __dmul_rn(a, b); }
 LB_DEV float mul_down(float a, float b) { return __fmul_rd(a, b); }
 LB_DEV float mul_up(float a, float b) { return __fmul_ru(a, b); }
 #endif
@@ -89,6 +80,7 @@ template <class X> struct Octet {
         if constexpr (size == 4) return X::number(word[i]);
         else return X::number(stored(i));
     }
+    // In ascending order: the first of a pair leaves none of what the word held.
     LB_DEV void put(int i, u32 s) {
         if constexpr (size == 4) word[i] = s;
         else word[i / 2] = i % 2 ? (word[i / 2] & 0xffffu) | s << 16 : s;
@@ -116,7 +108,19 @@ template <class X> LB_DEV Octet<X> load(const u8* at, i64 step, int count, int a
     return octet;
 }
 
-// `bytes` of them, in pieces that `align` allows.
+// The first `count` numbers to memory.
+template <class X> LB_DEV void store(u8* to, const Octet<X>& octet, int count, int align) {
+    if (count == 8 && align >= 8) {
+#pragma unroll
+        for (int i = 0; i < octet.words; i += 2) store8(to + 4 * i, make_uint2(octet.word[i], octet.word[i + 1]));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (i < count) reinterpret_cast<typename X::Stored*>(to)[i] = octet.stored(i);
+    }
+}
+
+// The first `count` of `Bytes` bytes, in pieces that `align` allows.
 template <int Bytes> LB_DEV void store_bytes(u8* to, u64 value, int count, int align) {
     if constexpr (Bytes == 8) {
         if (count == 8 && align >= 8) return store8(to, make_uint2(u32(value), u32(value >> 32)));

@@ -200,7 +200,7 @@ template <class F, class X> LB_DEV u64 encode(const Octet<X>& octet, int count, 
             // Markstein: the product with the rounded reciprocal, mended by its exact remainder, is
             // the rounded quotient. The signs keep that of -0.
             const float guess = mul(y[i], coder.inverse);
-            y[i] = fmaf(-fmaf(coder.step, guess, -y[i]), coder.inverse, guess);
+            y[i] = __fmaf_rn(-__fmaf_rn(coder.step, guess, -y[i]), coder.inverse, guess);
         }
     } else {
 #pragma unroll
