@@ -150,7 +150,7 @@ WRONG = (
     ("if (threadIdx.x) __syncthreads(); else\n__syncthreads();", "others are at the one of line"),
     ("while (lb::load_acquire(flag) != 7) {}", "waits for what none of its threads will do"),
     ("lb::store8(out + 1, make_uint2(1, 2));", "store: .* is not 8-byte aligned"),
-    ("lb::load16(out + 1);", "load_once: .* is not 16-byte aligned"),
+    ("lb::load_once<uint4>(out + 1);", "load_once: .* is not 16-byte aligned"),
     ("out[0] = 5 / (n - 16);", "division by zero"),
     ("out[n] = 1;", "access out of bounds .* byte 64 of 64 of argument 0"),
     ("out[-1] = 1;", "wrote beside an array's elements.* byte -4 of 64 of argument 0"),

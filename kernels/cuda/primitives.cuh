@@ -63,8 +63,6 @@ LB_DEV T load_once(const void* p) {
     }
     return v;
 }
-LB_DEV uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
-LB_DEV uint4 load16_once(const void* p) { return load_once<uint4>(p); }
 LB_DEV void store4(void* p, u32 v) { *static_cast<u32*>(p) = v; }
 LB_DEV void store8(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 LB_DEV void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
@@ -90,7 +88,6 @@ LB_DEV void cp_async(void* shared, const void* global, u32 valid_bytes) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                      :: "r"(shared_address(shared)), "l"(global), "n"(Bytes), "r"(valid_bytes) : "memory");
 }
-LB_DEV void cp_async16(void* shared, const void* global, bool valid) { cp_async<16>(shared, global, valid ? 16 : 0); }
 LB_DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N of this thread's newest groups are under way; others see the data after a barrier.
 template <int N>
@@ -185,21 +182,6 @@ LB_DEV float block_max(float v) {
 #pragma unroll
     for (int w = 1; w < Threads / 32; ++w) v = fmaxf(v, partial[w]);
     return v;
-}
-
-// Eight unsigned 4-bit numbers u -> eight halves u-8, exactly.  Pair c is (nibble c, nibble c+4).
-LB_DEV void int4_to_half(__half2 (&out)[4], u32 word) {
-    constexpr u32 and_or = (0xf0 & 0xcc) | 0xaa;  // lop3: (a & b) | c
-    const __half2 bias = bits<__half2>(0x64086408u);       // 1024 + 8
-    const __half2 sixteenth = bits<__half2>(0x2c002c00u);  // 1/16
-    const __half2 minus72 = bits<__half2>(0xd480d480u);    // -(64 + 8)
-#pragma unroll
-    for (int i = 0; i < 2; ++i, word >>= 8) {
-        const u32 low = lop3<and_or>(word, 0x000f000fu, 0x64006400u);   // halves 1024 + u
-        const u32 high = lop3<and_or>(word, 0x00f000f0u, 0x64006400u);  // halves 1024 + 16 u
-        out[2 * i] = __hsub2(bits<__half2>(low), bias);
-        out[2 * i + 1] = hfma2(bits<__half2>(high), sixteenth, minus72);
-    }
 }
 
 }  // namespace lb

@@ -95,7 +95,7 @@ template <class X> LB_DEV Octet<X> load(const u8* at, i64 step, int count, int a
     if (count == 8 && align >= 16) {
 #pragma unroll
         for (int i = 0; i < octet.words; i += 4) {
-            const uint4 v = load16_once(at + 4 * i);
+            const uint4 v = load_once<uint4>(at + 4 * i);
             octet.word[i] = v.x, octet.word[i + 1] = v.y, octet.word[i + 2] = v.z, octet.word[i + 3] = v.w;
         }
     } else if (count == 8 && align >= 4) {

@@ -18,8 +18,6 @@ template <class T> T load_once(const void* p, emu::Where at = emu::Where::here()
     __tsan_read_range(const_cast<void*>(p), sizeof(T));
     return *static_cast<const T*>(p);
 }
-inline uint4 load16(const void* p, emu::Where at = emu::Where::here()) { return load_once<uint4>(p, at); }
-inline uint4 load16_once(const void* p, emu::Where at = emu::Where::here()) { return load_once<uint4>(p, at); }
 template <class T> void store(void* p, T v, emu::Where at) {
     emu::aligned(p, sizeof(T), "store", at);
     __tsan_write_range(p, sizeof(T));
@@ -57,9 +55,6 @@ void cp_async(void* shared, const void* global, u32 valid_bytes, emu::Where at =
     __tsan_write_range(shared, Bytes);
     std::memset(shared, 0xff, Bytes);
     emu::async_issue(copy);
-}
-inline void cp_async16(void* shared, const void* global, bool valid, emu::Where at = emu::Where::here()) {
-    cp_async<16>(shared, global, valid ? 16 : 0, at);
 }
 inline void cp_async_commit() { emu::async_commit(); }
 template <int N> void cp_async_wait() {
