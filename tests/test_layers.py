@@ -17,7 +17,7 @@ LIGHT = frozenset({"lowbit", "numpy", "ml_dtypes"})
 # folder -> what its modules may import, at the top or inside a function
 ALLOWED = {
     "formats": {"numpy", "ml_dtypes", "lowbit.formats"},
-    "kernels": {"numpy", "ml_dtypes", "llvmlite", "numba", "platformdirs", "cupy"}
+    "kernels": {"numpy", "ml_dtypes", "llvmlite", "numba", "platformdirs", "cupy", "cupy_backends"}
     | {"lowbit.formats", "lowbit.kernels"},
 }
 

@@ -171,9 +171,9 @@ def _cache() -> Iterator[Finding]:
             "cache", f"{folder} is read-only", "set LOWBIT_CACHE_DIR to a folder of yours"
         )
     else:
-        objects = [each for each in folder.iterdir() if each.is_file()]
-        size = sum(each.stat().st_size for each in objects)
-        yield Finding("cache", f"{folder}, {len(objects)} objects, {size / 1e6:.1f} MB")
+        files = [each for each in folder.iterdir() if each.is_file()]
+        size = sum(each.stat().st_size for each in files)
+        yield Finding("cache", f"{folder}, {len(files)} objects, {size / 1e6:.1f} MB")
 
 
 def _product() -> Iterator[Finding]:

@@ -1,0 +1,53 @@
+"""Machine code that comes with the package: one compressed file for each architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent / "cubins"
+
+
+class Archive(NamedTuple):
+    """What an architecture's file holds."""
+
+    nvrtc: tuple[int, int]
+    """Version that compiled it."""
+    cubins: Mapping[str, tuple[bytes, str]]
+    """Key of compile.py: machine code, linker's name of the kernel."""
+
+
+@cache
+def load(arch: str) -> Archive | None:
+    """Return the archive of an architecture; None where the package has none."""
+    import lzma
+
+    path = FOLDER / f"{arch}.xz"
+    if not path.exists():
+        return None
+    head, content = lzma.decompress(path.read_bytes()).split(b"\n", 1)
+    table = json.loads(head)
+    cubins, at = {}, 0
+    for key, name, size in table["cubins"]:
+        cubins[key] = content[at : at + size], name
+        at += size
+    major, minor = table["nvrtc"]
+    return Archive((major, minor), cubins)
+
+
+def save(arch: str, archive: Archive, folder: Path = FOLDER) -> int:
+    """Write the archive of an architecture and return its size. Equal content gives equal bytes."""
+    import lzma
+
+    order = sorted(archive.cubins.items())
+    table = [[key, name, len(code)] for key, (code, name) in order]
+    head = json.dumps({"nvrtc": archive.nvrtc, "cubins": table}, separators=(",", ":"))
+    # One stream: kernels resemble each other, and alone each would take twice the room.
+    data = head.encode() + b"\n" + b"".join(code for _, (code, _) in order)
+    packed = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{arch}.xz").write_bytes(packed)
+    return len(packed)

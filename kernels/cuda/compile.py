@@ -1,0 +1,220 @@
+"""Text to machine code by NVRTC, through CuPy's binding of it; no driver and no GPU is needed.
+
+What has been compiled once is kept: in memory, in the package (see archive.py), in the user's
+cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowbit.kernels import objects
+from lowbit.kernels.cuda import archive
+from lowbit.kernels.cuda.launch import Source
+
+FOLDER = Path(__file__).parent
+OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",  # lambdas and constexpr functions of the device
+    "--fmad=false",  # a * b + c rounds twice, as the reference and the emulator round it
+)
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"(.+)"', re.MULTILINE)
+_SPECIFIC = (90, 100, 103)  # their tensor cores are reached by code for just one of them
+
+_lock = threading.Lock()
+_memory: dict[tuple[Source, str], Cubin] = {}
+
+
+class Cubin(NamedTuple):
+    """Machine code of one kernel."""
+
+    code: bytes
+    name: str
+    """Of the kernel, as the linker knows it."""
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a text, or is not there."""
+
+
+def cubin(source: Source, capability: int, *, driver: int | None = None) -> Cubin:
+    """Return machine code for a GPU, compiled only where it is nowhere kept.
+
+    Parameters
+    ----------
+    source
+        The kernel.
+    capability
+        Compute capability times ten.
+    driver
+        Newest CUDA that the driver serves, 1000 * major + 10 * minor: code of a newer toolkit does
+        not run on it. None: any.
+    """
+    with _lock:
+        for arch in (architecture(capability), *_runs_too(capability)):
+            found = _memory.get((source, arch)) or _shipped(source, arch, driver)
+            if found is not None:
+                break
+        else:
+            arch = architecture(capability, supported())
+            found = _memory.get((source, arch)) or _cached(source, arch)
+        _memory[source, arch] = found
+        return found
+
+
+def architecture(capability: int, known: tuple[int, ...] | None = None) -> str:
+    """Return NVRTC's name of what runs on a GPU; `known` are the capabilities that it knows."""
+    if known is not None and capability not in known:
+        older = [c for c in known if c // 10 == capability // 10 and c < capability]
+        if not older:
+            raise CompileError(
+                f"NVRTC {_dotted(version())} compiles for compute capabilities "
+                f"{', '.join(str(c / 10) for c in known)}, the GPU has {capability / 10}. "
+                f"{remedy()} brings a newer one."
+            )
+        return f"sm_{max(older)}"
+    return f"sm_{capability}{'a' if capability in _SPECIFIC else ''}"
+
+
+def key(source: Source, arch: str) -> str:
+    """Return what names the machine code of a kernel: a hash of all that decides it but NVRTC."""
+    identity = (objects.SCHEMA, source.text, source.name, arch, OPTIONS, included(source.text))
+    return objects.digest(repr(identity).encode()).hex()
+
+
+def included(text: str) -> tuple[tuple[str, str], ...]:
+    """Return name and text of this folder's headers that a text includes, directly or not."""
+    found: dict[str, str] = {}
+    waiting = [text]
+    while waiting:
+        for name in _INCLUDE.findall(waiting.pop()):
+            content = None if name in found else _header(name)
+            if content is not None:
+                found[name] = content
+                waiting.append(content)
+    return tuple(sorted(found.items()))
+
+
+@cache
+def _header(name: str) -> str | None:
+    path = FOLDER / name
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def nvrtc(source: Source, arch: str) -> Cubin:
+    """Compile, whatever is kept."""
+    binding = _binding()
+    options = (f"--gpu-architecture={arch}", *OPTIONS, *(f"-I{each}" for each in includes()))
+    program = binding.createProgram(source.text, "kernel.cu", (), ())
+    try:
+        binding.addNameExpression(program, source.name)
+        try:
+            binding.compileProgram(program, options)
+        except binding.NVRTCError as error:
+            log = binding.getProgramLog(program)
+            raise CompileError(f"{source.name} for {arch}: {error}\n{log}") from None
+        return Cubin(binding.getCUBIN(program), str(binding.getLoweredName(program, source.name)))
+    finally:
+        binding.destroyProgram(program)
+
+
+def version() -> tuple[int, int]:
+    """Return NVRTC's version."""
+    major, minor = _binding().getVersion()
+    return int(major), int(minor)
+
+
+def supported() -> tuple[int, ...]:
+    """Return the compute capabilities that NVRTC compiles for."""
+    return tuple(map(int, _binding().getSupportedArchs()))
+
+
+def includes() -> tuple[str, ...]:
+    """Return the folders of headers: lowbit's, then CUDA's."""
+    for folders in _places(version()[0]):
+        if any((folder / "cuda_fp16.h").exists() for folder in folders):
+            return str(FOLDER), *(str(folder) for folder in folders if folder.exists())
+    raise CompileError(
+        f"CUDA's headers (cuda_fp16.h) are not found. {remedy()} brings them, or set CUDA_PATH to "
+        "the folder of a CUDA toolkit."
+    )
+
+
+def remedy() -> str:
+    """Return the command that installs what is missing."""
+    from importlib.metadata import distributions
+
+    names = {each.metadata["Name"] for each in distributions()}
+    return f'pip install "lowbit[{"cuda12" if "cupy-cuda12x" in names else "cuda13"}]"'
+
+
+def _places(major: int) -> list[list[Path]]:
+    """Folders of headers, the likeliest first: pip's packages of NVRTC's own major version."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(each) for each in (spec.submodule_search_locations or ())] if spec else []
+    if major >= 13:
+        names: tuple[str, ...] = (f"cu{major}/include", f"cu{major}/include/cccl")
+    else:
+        names = tuple(f"cuda_{each}/include" for each in ("runtime", "cccl", "nvcc"))
+    places = [[root / name for name in names] for root in roots]
+    for variable in ("CUDA_PATH", "CUDA_HOME"):
+        if os.environ.get(variable):
+            folder = Path(os.environ[variable]) / "include"
+            places.append([folder, folder / "cccl"])
+    return places
+
+
+def _binding() -> Any:
+    try:
+        from cupy_backends.cuda.libs import nvrtc as binding
+
+        binding.getVersion()
+    except ImportError as error:
+        raise CompileError(f"CuPy is not installed ({error}): {remedy()}") from None
+    except RuntimeError as error:
+        raise CompileError(f"NVRTC is not found ({error}): {remedy()}") from None
+    return binding
+
+
+def _dotted(found: tuple[int, int]) -> str:
+    return ".".join(map(str, found))
+
+
+def _runs_too(capability: int) -> tuple[str, ...]:
+    """Architectures of the package whose code a GPU runs beside its own."""
+    return ("sm_80",) if capability == 86 else ()
+
+
+def _shipped(source: Source, arch: str, driver: int | None) -> Cubin | None:
+    made = archive.load(arch)
+    if made is None or (driver is not None and driver // 1000 < made.nvrtc[0]):
+        return None
+    found = made.cubins.get(key(source, arch))
+    return None if found is None else Cubin(*found)
+
+
+def _cached(source: Source, arch: str) -> Cubin:
+    entry = f"{key(source, arch)}-nvrtc{_dotted(version())}.cubin"
+    kept = objects.read(entry)
+    if kept is not None:
+        head, code = kept.split(b"\n", 1)
+        return Cubin(code, json.loads(head))
+    print(f"lowbit: compiling {source.name} for {arch} ...", end="", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    try:
+        found = nvrtc(source, arch)
+    except BaseException:
+        print(" failed", file=sys.stderr)
+        raise
+    print(f" {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    objects.write(entry, json.dumps(found.name).encode() + b"\n" + found.code)
+    return found
