@@ -34,7 +34,10 @@ template <class C> struct GemmTiles {
         alignas(16) u8 w[C::rows][w_pitch];
         alignas(16) u8 x[C::columns][x_pitch];
     };
-    Stage stage[C::stages];
+    union {
+        Stage stage[C::stages];
+        u32 result[C::columns][C::rows + 4];  // so far apart that lanes write to different banks
+    };
 };
 
 // Brings rows first.. of a matrix, a stage's bytes at a time, to a tile; what lies outside of the matrix is zero.
@@ -224,23 +227,30 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
     cp_async_wait<0>();
     if constexpr (!C::partial_sums) flush(min(ends, K) - 1);
 
-    // What a lane holds: rows g and g + 8 of w's tile, columns 2 t and 2 t + 1 of x's.
+    // Through shared memory, so that a warp writes columns of the result that lie side by side.
+    __syncthreads();
+#pragma unroll
+    for (int wt = 0; wt < WT; ++wt)
+#pragma unroll
+        for (int xt = 0; xt < XT; ++xt)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                u32& to = tiles.result[x0 + xt * 8 + t * 2 + i % 2][w0 + wt * 16 + i / 2 * 8 + g];
+                if constexpr (C::partial_sums) to = bits<u32>(sum[wt][xt][i]);
+                else to = bits<u32>(acc[wt][xt][i]);
+            }
+    __syncthreads();
     auto each = [&](auto use) {
+#pragma unroll 1
+        for (int m = int(warp()); m < min(C::columns, M - m0); m += C::threads / 32)
 #pragma unroll
-        for (int wt = 0; wt < WT; ++wt)
-#pragma unroll
-            for (int xt = 0; xt < XT; ++xt)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int n = n0 + w0 + wt * 16 + i / 2 * 8 + g, m = m0 + x0 + xt * 8 + t * 2 + i % 2;
-                    if (m < M && n < N) use(wt, xt, i, m, n);
-                }
+            for (int n = int(lane()); n < C::rows; n += 32)
+                if (n0 + n < N) use(m, n);
     };
+    const long long size = (long long)M * N;
+    auto place = [&](int m, int n) { return (long long)(m0 + m) * N + n0 + n; };
     if constexpr (C::shared) {
-        const long long size = (long long)M * N;
-        each([&](int wt, int xt, int i, int m, int n) {
-            partial[blockIdx.z * size + (long long)m * N + n] = C::partial_sums ? sum[wt][xt][i] : Sum(acc[wt][xt][i]);
-        });
+        each([&](int m, int n) { partial[blockIdx.z * size + place(m, n)] = bits<Sum>(tiles.result[m][n]); });
         // The last block of a tile to arrive adds the shares in ascending order.
         int& ticket = static_shared<int>();
         __threadfence();
@@ -251,21 +261,27 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
         if (ticket != int(gridDim.z) - 1) return;
         __threadfence();
         if (threadIdx.x == 0) counter = 0;  // for the next launch
-        each([&](int wt, int xt, int i, int m, int n) {
-            Sum total = 0;
-#pragma unroll 1
-            for (int z = 0; z < int(gridDim.z); ++z) total += load_through(&partial[z * size + (long long)m * N + n]);
-            if constexpr (C::partial_sums) sum[wt][xt][i] = total;
-            else acc[wt][xt][i] = float(total);
-        });
     }
-    if constexpr (C::partial_sums) flush(K - 1);
-
     double factor = alpha;
     if constexpr (C::w_factor) factor *= double(*w_factor);
     if constexpr (C::x_factor) factor *= double(*x_factor);
     const Finish<C> finish{float(factor), bias, residual, residual_pitch, out, out_pitch};
-    each([&](int wt, int xt, int i, int m, int n) { finish(m, n, acc[wt][xt][i]); });
+    each([&](int m, int n) {
+        float v = bits<float>(tiles.result[m][n]);
+        if constexpr (C::shared) {
+            Sum total = 0;
+#pragma unroll 1
+            for (int z = 0; z < int(gridDim.z); ++z) total += load_through(&partial[z * size + place(m, n)]);
+            if constexpr (C::partial_sums) {
+                float by, none;
+                w_blocks.load(by, none, none, n0 + n, 0);
+                v = __fmul_rn(C::XScale::load(x_scales[(long long)((m0 + m) / x_block_rows) * x_scale_pitch]), __fmul_rn(by, float(total)));
+            } else {
+                v = float(total);
+            }
+        }
+        finish(m0 + m, n0 + n, v);
+    });
 }
 
 }  // namespace lb

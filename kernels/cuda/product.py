@@ -69,6 +69,11 @@ class Spec:
         """Stages of the pipeline."""
         return tiles.stages_for(self.tile, self.stage)
 
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of a block: the stages, then the tile of the result in their place."""
+        return max(self.stage * self.stages, 4 * self.tile.columns * (self.tile.rows + 4))
+
 
 def octet_bytes(x: Format | str) -> int:
     """Bytes of eight numbers of x."""
@@ -127,7 +132,7 @@ def source(spec: Spec) -> Source:
         + after(spec.out, spec.activation, spec.residual)
         + "};\n"
     )
-    return Source(text, "lb::gemm<Config>", tile.threads, spec.stage * spec.stages)
+    return Source(text, "lb::gemm<Config>", tile.threads, spec.shared_memory)
 
 
 def after(out: str, activation: str | None, residual: str | None) -> str:
@@ -242,7 +247,7 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
                     arrived,
                     *sizes,
                 ),
-                shared_mem=spec.stage * spec.stages,
+                shared_mem=spec.shared_memory,
             )
 
         return run
