@@ -23,6 +23,7 @@ from lowbit.kernels.cuda import launch
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "bench")]
 gpu = importlib.import_module("gpu")
+small = importlib.import_module("gpu_small")
 contenders = importlib.import_module("peers.gpu")
 checking = importlib.import_module("harness.checking")
 clocks = importlib.import_module("harness.gpu_clock")
@@ -75,7 +76,8 @@ def points(size: str) -> set[tuple[str, Any, int]]:
 
 def test_the_whole_sweep_has_every_format_dtype_shape_and_row() -> None:
     found = points("all")
-    formats = [f"int{b}_{g}" for b in range(1, 9) for g in ("g128", "g32", "row")]
+    formats = [f"int{b}_{g}" for b in range(2, 9) for g in ("g128", "g32", "row")]
+    formats += [f"int1_{g}_asym" for g in ("g128", "g32", "row")]
     formats += ["nf4_g128", "fp4_g128", "mxfp4", "mxfp8", "nvfp4", "fp8_row"]
     shapes = ((4096, 4096), (8192, 8192), (11008, 4096), (28672, 8192))
     for weight in formats:
@@ -259,6 +261,13 @@ def test_names_of_cards_and_versions() -> None:
     assert device.short("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
     assert device.short("NVIDIA RTX PRO 6000 (Max-Q)") == "rtx-pro-6000-max-q"
     assert device.version_of(12090) == "12.9"
+
+
+def test_small_cases_are_right_on_the_cpu() -> None:
+    """Every format and pair: what they are checked by is known to hold."""
+    products = [c for c in small.cases() if c[0] == "lowbit" and c[1].n == 97 and c[2] in (1, 3)]
+    assert small.run(np, iter(products)) == len(products)
+    assert {name for name, *_ in small.cases()} >= {f"lowbit.{step}" for step in small.STEPS}
 
 
 # A run on a module that pretends

@@ -25,12 +25,16 @@ UGLY: Shapes = (
 )
 """What no tile divides; 4100 columns of 4 bits are rows that lie at no multiple of 4 bytes."""
 
-INTEGERS = tuple(f"int{bits}_{block}" for bits in range(1, 9) for block in ("g128", "g32", "row"))
+INTEGERS = (
+    *(f"int1_{block}_asym" for block in ("g128", "g32", "row")),  # -1 and 0 alone have no sign
+    *(f"int{bits}_{block}" for bits in range(2, 9) for block in ("g128", "g32", "row")),
+)
 CODEBOOKS = tuple(f"{name}_{block}" for name in ("nf4", "fp4") for block in ("g128", "g32", "row"))
 FLOATS = ("mxfp4", "mxfp8", "nvfp4", "fp8_g128", "fp8_g32", "fp8_row")
 FORMATS = (*INTEGERS, *CODEBOOKS, *FLOATS)
 FEW_FORMATS = (
-    *(f"int{bits}_g128" for bits in range(1, 9)),
+    "int1_g128_asym",
+    *(f"int{bits}_g128" for bits in range(2, 9)),
     *("int4_g32", "int4_row", "int8_row", "nf4_g128", "fp4_g128"),
     *("mxfp4", "mxfp8", "nvfp4", "fp8_row"),
 )

@@ -48,8 +48,10 @@ def _quantize(operands: Operands) -> Built:
         if got is None:
             raise Wrong("the kernels left the numbers to the reference")
         wanted = lb.quantize(host(sources[0]), work.weight)
-        same("codes", host(got.codes).view(np.uint8), wanted.codes.view(np.uint8))
-        same("scales", host(got.scales).view(np.uint8), wanted.scales.view(np.uint8))
+        for name in ("codes", "scales", "zeros", "tensor_scale"):
+            mine, truth = getattr(got, name), getattr(wanted, name)
+            if truth is not None:
+                same(name, host(mine), truth)
         return 0.0
 
     moved = sources[0].nbytes + parts_bytes(quantize.enqueue(fmt, sources[0]).parts)
@@ -84,7 +86,7 @@ def _dequantize(operands: Operands) -> Built:
     def check(answer: Any, m: int) -> float:
         source = host(operands.weight().astype(work.x))
         wanted = lb.quantize(source, work.weight).dequantize(work.x)
-        same("values", host(answer).view(np.uint8), wanted.view(np.uint8))
+        same("values", host(answer), wanted)
         return 0.0
 
     moved = parts_bytes(sets[0][0]) + sets[0][1].nbytes
@@ -106,7 +108,9 @@ def parts_bytes(parts: reference.Packed) -> int:
 
 def same(what: str, got: Array, wanted: Array) -> None:
     """Raise `Wrong` unless all bytes are."""
-    wrong = np.flatnonzero(got.reshape(-1) != wanted.reshape(-1))
-    if got.size != wanted.size or wrong.size:
-        first = int(wrong[0]) if wrong.size else min(got.size, wanted.size)
-        raise Wrong(f"{wrong.size} bytes of the {what} differ from the CPU's, first byte {first}")
+    got, wanted = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (got, wanted))
+    if got.size != wanted.size:
+        raise Wrong(f"{what} have {got.size} bytes, the CPU's {wanted.size}")
+    wrong = np.flatnonzero(got != wanted)
+    if wrong.size:
+        raise Wrong(f"{wrong.size} bytes of {what} differ from the CPU's, first byte {wrong[0]}")
