@@ -85,7 +85,7 @@ BUGS = (
     Bug("the bias of another column", "__fmaf_rn(times, v, bias[n])", "__fmaf_rn(times, v, bias[m])"),
     Bug("the residual has the result's pitch", "residual[m * residual_pitch + n]", "residual[m * out_pitch + n]"),
     Bug("shared memory is a stage short", "        Stage stage[C::stages];", "        Stage stage[C::stages + 1];"),
-    Bug("the result overwrites a stage that is read", "    __syncthreads();\n#pragma unroll\n    for (int wt", "#pragma unroll\n    for (int wt", m=130, k=256),
+    Bug("the result overwrites a stage that is read", "    __syncthreads();\n#pragma unroll\n    for (int wt", "#pragma unroll\n    for (int wt", m=130, k=320),
     Bug("the result is read before it is there", "    __syncthreads();\n    auto each", "    auto each"),
     Bug("wgmma reads a stage that has not come", "mbarrier_wait(&shared.full[i % C::stages], i / C::stages & 1);", "", **HOPPER),
     Bug("a stage is filled while wgmma reads it", "mbarrier_wait(&shared.empty[i % C::stages], i / C::stages & 1 ^ 1);", "", **HOPPER),

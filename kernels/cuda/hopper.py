@@ -164,9 +164,9 @@ def _build(p: Problem) -> Bind:
                 np.float64(epilogue.alpha),
                 absent if epilogue.bias is None else epilogue.bias,
                 absent if residual is None else residual,
-                np.int64(0 if residual is None else residual.strides[0] // residual.itemsize),
+                product.pitch_of(out if residual is None else residual),
                 out,
-                np.int64(out.strides[0] // out.itemsize),
+                product.pitch_of(out),
                 *sizes,
             )
             function(grid, (THREADS,), arguments, shared_mem=spec.shared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -187,6 +187,14 @@ def piece_of(address: int, pitch: int, row: int) -> int:
 
 
 _source = lru_cache(maxsize=4096)(source)
+# Arguments come again and again, and a NumPy scalar is dearer to make than to find.
+wide = lru_cache(maxsize=1024)(np.int64)
+_NONE, _ONE, _ZERO = np.int64(0), np.int32(1), np.int32(0)
+
+
+def pitch_of(rows: Array) -> np.int64:
+    """Numbers from one row to the next."""
+    return wide(rows.strides[0] // rows.itemsize)
 
 
 def bind(p: Problem, spec: Spec, segment: int) -> Bind:
@@ -216,38 +224,42 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
         )
         factor = absent if w.tensor_scale is None else w.tensor_scale
         sizes = (np.int32(p.m), np.int32(p.n), np.int32(p.k), np.int32(segment))
+        shared, threads = spec.shared_memory, (tile.threads,)
+
+        @cache
+        def function_for(piece: int) -> launch.Function:
+            return machine.function(_source(replace(bound, x_piece=piece)))
 
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
             given, left, x_factor = _left(x, absent)
             x_pitch = given.strides[0]
-            piece = piece_of(machine.address(given), x_pitch, x_row)
-            function = machine.function(_source(replace(bound, x_piece=piece)))
+            function = function_for(piece_of(machine.address(given), x_pitch, x_row))
             partial = arrived = out
             if shares > 1:
                 partial = machine.empty((shares, p.m, p.n), sums)
                 arrived = machine.counters(grid[0] * grid[1])
-            residual = epilogue.residual
+            bias, residual = epilogue.bias, epilogue.residual
             function(
                 grid,
-                (tile.threads,),
+                threads,
                 (
                     given,
-                    np.int64(x_pitch),
+                    wide(x_pitch),
                     *weight,
                     *left,
                     factor,
                     x_factor,
                     np.float64(epilogue.alpha),
-                    absent if epilogue.bias is None else epilogue.bias,
+                    absent if bias is None else bias,
                     absent if residual is None else residual,
-                    np.int64(0 if residual is None else residual.strides[0] // residual.itemsize),
+                    _NONE if residual is None else pitch_of(residual),
                     out,
-                    np.int64(out.strides[0] // out.itemsize),
+                    pitch_of(out),
                     partial,
                     arrived,
                     *sizes,
                 ),
-                shared_mem=spec.shared_memory,
+                shared_mem=shared,
             )
 
         return run
@@ -258,7 +270,7 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
 def _left(x: Any, absent: Array) -> tuple[Array, tuple[Any, ...], Array]:
     """x's numbers, as rows without gaps; its scales and their blocks; its tensor scale."""
     if not isinstance(x, Packed):
-        return steady(x), (absent, np.int32(0), np.int32(1), np.int32(1)), absent
+        return steady(x), (absent, _ZERO, _ONE, _ONE), absent
     rows, columns = block_of(x)
     scales = x.scales
     left = (scales, np.int32(scales.shape[-1]), np.int32(rows), np.int32(columns))
