@@ -6,18 +6,18 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit import kernels
 from lowbit.cli import app, diagnosis
 from lowbit.kernels.cpu import pool
+from lowbit.kernels.cuda import archive, compile
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,8 +166,6 @@ def test_doctor_works_without_a_cache(tmp_path):
 
 @pytest.mark.parametrize(("driver", "extra"), [(12040, "cuda12"), (13020, "cuda13")])
 def test_doctor_knows_which_cupy_fits(monkeypatch, driver, extra):
-    on_gpu = replace(kernels.registered()[0], device="cuda")
-    monkeypatch.setattr(kernels, "registered", lambda: (on_gpu,))
     monkeypatch.setattr(diagnosis, "_cuda_driver", lambda: driver)
     monkeypatch.setattr(diagnosis, "CUPY", ())
     (finding,) = diagnosis._gpu()
@@ -175,27 +173,86 @@ def test_doctor_knows_which_cupy_fits(monkeypatch, driver, extra):
     assert finding.usable
 
 
-def test_doctor_does_not_promise_kernels_that_are_not_there(monkeypatch):
-    on_cpu = tuple(each for each in kernels.registered() if each.device != "cuda")
-    monkeypatch.setattr(kernels, "registered", lambda: on_cpu)
-    monkeypatch.setattr(diagnosis, "_cuda_driver", lambda: 13020)
-    (finding,) = diagnosis._gpu()
-    assert finding.value == "driver for CUDA 13.2; this version has no GPU kernels"
+def test_doctor_wants_a_driver_only_where_somebody_wants_a_gpu(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_cuda_driver", lambda: None)
+    for installed, remedy in {
+        (): None,
+        ("lowbit",): "lowbit is here: install NVIDIA's driver, until nvidia-smi lists the GPU",
+    }.items():
+        monkeypatch.setattr(diagnosis, "CUPY", installed)
+        (finding,) = diagnosis._gpu()
+        assert finding.value == "no NVIDIA driver; products run on the CPU"
+        assert finding.remedy == remedy
 
 
-def test_doctor_reads_the_devices(monkeypatch):
+@pytest.fixture
+def cards(monkeypatch):
+    """What a CuPy sees that stands in for the real one, as lowbit does among the packages."""
+    found: list[dict[str, Any]] = []
     runtime = SimpleNamespace(
-        getDeviceCount=lambda: 1, getDeviceProperties=lambda number: {"name": b"H200"}
+        getDeviceCount=lambda: len(found), getDeviceProperties=lambda number: found[number]
     )
-    device = SimpleNamespace(compute_capability="90")
-    cuda = SimpleNamespace(runtime=runtime, Device=lambda number: device)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    assert diagnosis._devices("driver", "cuda13").value == "driver: H200 sm_90"
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", SimpleNamespace())
+    monkeypatch.setattr(compile, "missing", lambda: "no NVRTC")
+    monkeypatch.setattr(diagnosis, "CUPY", ("lowbit",))
+    monkeypatch.setattr(diagnosis, "_cuda_driver", lambda: 13020)
+    return found
 
 
-def test_doctor_outlives_a_broken_cupy(monkeypatch):
+def card(name, major, minor, processors, gib):
+    return {
+        "name": name,
+        "major": major,
+        "minor": minor,
+        "multiProcessorCount": processors,
+        "totalGlobalMem": gib * 2**30,
+    }
+
+
+def test_doctor_reads_the_devices(monkeypatch, cards):
+    kept = archive.Archive((13, 0), {"a": (b"", ""), "b": (b"", "")})
+    monkeypatch.setattr(archive, "load", {"sm_90a": kept}.get)
+    cards += [
+        card(b"H200", 9, 0, 132, 139.5),
+        card(b"L40S", 8, 9, 142, 44),
+        card(b"T4", 7, 5, 40, 15),
+    ]
+    found = {each.item: each for each in diagnosis._gpu()}
+    assert found["gpu"].value == f"driver for CUDA 13.2, lowbit {lowbit.__version__}"
+    assert found["gpu 0"].value == (
+        "H200, compute capability 9.0, 132 multiprocessors, 139.5 GiB; machine code of 2 kernels "
+        "comes with lowbit"
+    )
+    assert found["gpu 1"].value.endswith("8.9, 142 multiprocessors, 44.0 GiB; kernels are compiled "
+        "on first use")  # fmt: skip
+    assert found["gpu 2"].remedy == "kernels want compute capability 8.0 or more"
+    assert found["nvrtc"].remedy == "no NVRTC"
+    assert found["cublas"].value == "found"
+    assert all(each.usable for each in found.values()), "the CPU still works"
+
+
+def test_doctor_says_that_there_is_no_device(cards):
+    assert next(diagnosis._gpu()).value.endswith(f"lowbit {lowbit.__version__}: no device")
+
+
+def test_doctor_looks_for_what_compiles_kernels(monkeypatch):
+    monkeypatch.setattr(compile, "missing", lambda: None)
+    monkeypatch.setattr(compile, "version", lambda: (13, 0))
+    monkeypatch.setattr(compile, "includes", lambda: ("ours", "theirs", "more"))
+    assert diagnosis._nvrtc().value == "13.0, CUDA's headers in theirs"
+    monkeypatch.setattr(compile, "missing", lambda: 'pip install "lowbit[cuda13]"')
+    assert diagnosis._nvrtc().remedy == 'pip install "lowbit[cuda13]"'
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", None)
+    assert diagnosis._cublas("cuda12").remedy == "pip install 'lowbit[cuda12]'"
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", SimpleNamespace())
+    assert diagnosis._cublas("cuda12").remedy is None
+
+
+def test_doctor_outlives_a_broken_cupy(monkeypatch, cards):
     monkeypatch.setitem(sys.modules, "cupy", None)  # import cupy raises
-    finding = diagnosis._devices("driver", "cuda13")
+    finding = next(diagnosis._gpu())
     assert "ModuleNotFoundError" in finding.value
     assert finding.remedy
     assert finding.remedy.startswith("pip install --force-reinstall 'lowbit[cuda13]'")

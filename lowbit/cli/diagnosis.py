@@ -208,37 +208,82 @@ def _product() -> Iterator[Finding]:
 
 
 def _gpu() -> Iterator[Finding]:
-    from lowbit import kernels
-
     driver = _cuda_driver()
     package = next((each for each in CUPY if _installed(each)), None)
     if driver is None:
-        yield Finding("gpu", "no NVIDIA driver; products run on the CPU")
+        remedy = None
+        if package is not None:
+            remedy = f"{package} is here: install NVIDIA's driver, until nvidia-smi lists the GPU"
+        yield Finding("gpu", "no NVIDIA driver; products run on the CPU", remedy)
         return
     cuda = f"{driver // 1000}.{driver % 1000 // 10}"
     extra = "cuda13" if driver >= 13000 else "cuda12"
-    if not any(kernel.device == "cuda" for kernel in kernels.registered()):
-        yield Finding("gpu", f"driver for CUDA {cuda}; this version has no GPU kernels")
-    elif package is None:
+    if package is None:
         yield Finding("gpu", f"driver for CUDA {cuda}, no cupy", f"pip install 'lowbit[{extra}]'")
     else:
-        yield _devices(f"driver for CUDA {cuda}, {package} {_installed(package)}", extra)
+        yield from _devices(f"driver for CUDA {cuda}, {package} {_installed(package)}", extra)
+        yield _nvrtc()
+        yield _cublas(extra)
 
 
-def _devices(value: str, extra: str) -> Finding:
+def _devices(value: str, extra: str) -> Iterator[Finding]:
+    found = []
     try:
         cupy: Any = importlib.import_module("cupy")
-        names = []
-        for number in range(cupy.cuda.runtime.getDeviceCount()):
-            name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
-            names.append(f"{name} sm_{cupy.cuda.Device(number).compute_capability}")
+        runtime = cupy.cuda.runtime
+        for number in range(runtime.getDeviceCount()):
+            found.append(runtime.getDeviceProperties(number))
     except Exception as error:
-        return Finding(
+        yield Finding(
             "gpu",
             f"{value}: {type(error).__name__}: {error}",
             f"pip install --force-reinstall 'lowbit[{extra}]', and compare with nvidia-smi",
         )
-    return Finding("gpu", f"{value}: {', '.join(names) or 'no device'}")
+        return
+    yield Finding("gpu", value if found else f"{value}: no device")
+    for number, each in enumerate(found):
+        yield _device(number, each)
+
+
+def _device(number: int, properties: dict[str, Any]) -> Finding:
+    from lowbit.kernels.cuda import archive, compile
+
+    major, minor = properties["major"], properties["minor"]
+    value = (
+        f"{properties['name'].decode()}, compute capability {major}.{minor}, "
+        f"{properties['multiProcessorCount']} multiprocessors, "
+        f"{properties['totalGlobalMem'] / 2**30:.1f} GiB"
+    )
+    if major < 8:
+        return Finding(f"gpu {number}", value, "kernels want compute capability 8.0 or more")
+    kept = archive.load(compile.architecture(10 * major + minor))
+    if kept is None:
+        value += "; kernels are compiled on first use"
+    else:
+        value += f"; machine code of {len(kept.cubins)} kernels comes with lowbit"
+    return Finding(f"gpu {number}", value)
+
+
+def _nvrtc() -> Finding:
+    """Look for what compiles the kernels that do not come as machine code."""
+    from lowbit.kernels.cuda import compile
+
+    why = compile.missing()
+    if why is not None:
+        return Finding("nvrtc", "kernels of less common formats cannot be compiled", why)
+    major, minor = compile.version()
+    return Finding("nvrtc", f"{major}.{minor}, CUDA's headers in {compile.includes()[1]}")
+
+
+def _cublas(extra: str) -> Finding:
+    """Look for what computes the products that no kernel takes."""
+    try:
+        importlib.import_module("cupy_backends.cuda.libs.cublas")
+    except ImportError:
+        return Finding(
+            "cublas", "not found; some products have no other way", f"pip install 'lowbit[{extra}]'"
+        )
+    return Finding("cublas", "found")
 
 
 def _cuda_driver() -> int | None:
