@@ -81,7 +81,7 @@ BUGS = (
     Bug("x meets the scale of another row", "xt * 8 + t * 2 + j, M - 1);", "xt * 8 + t * 2, M - 1);", **INTEGERS),
     Bug("shares overlap", "end = min(stages, begin + share)", "end = min(stages, begin + share + 1)", **SHARED),
     Bug("the last share is forgotten", "z < int(gridDim.z); ++z) total", "z < int(gridDim.z) - 1; ++z) total", **SHARED),
-    Bug("the counter is not set back", "if (threadIdx.x == 0) counter = 0;", "", **SHARED),
+    Bug("the counter is not set back", "if (threadIdx.x == 0) atomicExch(&counter, 0);", "", **SHARED),
     Bug("the bias of another column", "__fmaf_rn(times, v, bias[n])", "__fmaf_rn(times, v, bias[m])"),
     Bug("the residual has the result's pitch", "residual[m * residual_pitch + n]", "residual[m * out_pitch + n]"),
     Bug("shared memory is a stage short", "        Stage stage[C::stages];", "        Stage stage[C::stages + 1];"),

@@ -260,7 +260,7 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
         __syncthreads();
         if (ticket != int(gridDim.z) - 1) return;
         __threadfence();
-        if (threadIdx.x == 0) counter = 0;  // for the next launch
+        if (threadIdx.x == 0) atomicExch(&counter, 0);  // for the next launch
     }
     double factor = alpha;
     if constexpr (C::w_factor) factor *= double(*w_factor);
