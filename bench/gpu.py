@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import peers.gpu
-from harness import gpu_device, gpu_report, gpu_roofs, report, roofline
+from harness import gpu_device, gpu_report, gpu_roofs, gpu_sources, report, roofline
 from harness.gpu_clock import Broken, Clock
 from harness.gpu_measuring import Pace, Running
 from harness.gpu_sections import SECTIONS, Choice
@@ -30,6 +30,7 @@ from harness.targets import Roofs, Verdict, judge
 from harness.work import Work
 
 import lowbit as lb
+from lowbit.kernels.cuda import launch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK_MINUTES = 9.0
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     groups = chosen(options)
     if options.list:
         listing(options)
+        return
+    if options.compile:
+        print(gpu_sources.compiled(gpu_sources.points_of(groups), options.compile))
         return
     why = gpu_device.absence()
     if why is not None:
@@ -67,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--date", default=datetime.date.today().isoformat(), help="written into the result")
     add("--minutes", type=float, help=f"no turn begins later; {QUICK_MINUTES:g} with --quick")
     add("--resume", type=Path, help="go on with a result that was not finished")
+    add("--compile", type=launch.parse, help="cuda:90:132 and no measuring: needs no GPU")
     add("--list", action="store_true", help="print sections and contenders, and who is absent")
     return found
 
@@ -129,6 +134,8 @@ class Run:
     def all(self) -> None:
         """Every group, then the summary and the picture."""
         print(self._title())
+        machine = gpu_device.kind(self.machine)
+        print(gpu_sources.compiled(gpu_sources.points_of(self.groups), machine))
         if self.roofs is None:
             self.roofs, self.rows = gpu_roofs.measure(
                 self.cupy, self.clock, self.pace, int(self.machine["multiprocessors"])

@@ -15,6 +15,7 @@ out=$(cd "$out" && pwd)
 python=${PYTHON:-}
 [ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python || python=python3; }
 export PYTHONPATH="$PWD/src:$PWD/tests/emulator${PYTHONPATH:+:$PYTHONPATH}" LOWBIT_TUNING=off
+export LOWBIT_CACHE_DIR=${LOWBIT_CACHE_DIR:-$out/kernels} # compiled once for all steps
 
 failed=()
 step() { # name, most seconds, command ...
@@ -54,9 +55,8 @@ step machine 30 nvidia-smi -q
 step tests 240 "$python" -P -m pytest -q -m gpu -c /dev/null --rootdir . --import-mode=importlib \
     -p no:cacheprovider --junitxml "$out/tests.xml" "${tests[@]}"
 step small 120 "$python" -P bench/gpu_small.py
-for tool in memcheck racecheck; do
-    step "$tool" 300 "${sanitize[@]}" --tool "$tool" "$python" -P bench/gpu_small.py
-done
+step memcheck 300 "${sanitize[@]}" --tool memcheck "$python" -P bench/gpu_small.py
+step racecheck 300 "${sanitize[@]}" --tool racecheck "$python" -P bench/gpu_small.py --every 5
 step bench 600 "$python" -P bench/gpu.py --quick --json "$out/gpu.json"
 
 if ((${#failed[@]})); then

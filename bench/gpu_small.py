@@ -8,15 +8,17 @@ beyond an array's end. Answers are checked as those of bench/gpu.py are.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
 import peers.gpu
-from harness import gpu_device
+from harness import gpu_device, gpu_sources
 from harness.gpu_work import Operands
 from harness.work import Work
 
@@ -57,7 +59,7 @@ def cases() -> Iterator[tuple[str, Work, int]]:
                 yield f"lowbit.{step}", Work(n, k, weight, "bfloat16"), n
 
 
-def run(xp: Any, wanted: Iterator[tuple[str, Work, int]]) -> int:
+def run(xp: Any, wanted: Iterable[tuple[str, Work, int]]) -> int:
     """Compute and check all cases; the number of those that were."""
     done = 0
     for name, work, m in wanted:
@@ -72,15 +74,20 @@ def run(xp: Any, wanted: Iterator[tuple[str, Work, int]]) -> int:
     return done
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """All cases on the GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="of so many cases, the first")
+    every = parser.parse_args(arguments).every
     why = gpu_device.absence()
     if why is not None:
         raise SystemExit(f"bench/gpu_small.py runs on a GPU, and there is none: {why}")
     import cupy
 
+    wanted = list(islice(cases(), 0, None, every))
+    print(gpu_sources.compiled(wanted, gpu_device.kind(gpu_device.describe(cupy))))
     cupy.cuda.set_allocator(None)
-    print(f"{run(cupy, cases())} products and conversions are right")
+    print(f"{run(cupy, wanted)} products and conversions are right")
 
 
 if __name__ == "__main__":

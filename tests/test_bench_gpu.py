@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import lowbit as lb
+from lowbit.kernels.cuda import compile as compiling
 from lowbit.kernels.cuda import launch
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "bench")]
@@ -34,6 +35,7 @@ report = importlib.import_module("harness.gpu_report")
 roofline = importlib.import_module("harness.roofline")
 roofs = importlib.import_module("harness.gpu_roofs")
 sections = importlib.import_module("harness.gpu_sections")
+sources = importlib.import_module("harness.gpu_sources")
 summary = importlib.import_module("harness.report")
 targets = importlib.import_module("harness.targets")
 work_of = importlib.import_module("harness.gpu_work")
@@ -220,6 +222,46 @@ def test_the_picture_has_ours_and_dense_peers(tmp_path: Path) -> None:
     assert any("bf16 700,000" in text.get_text() for text in axes.texts)
 
 
+# What is compiled beforehand
+
+
+def test_kernels_are_known_before_anything_is_launched() -> None:
+    hopper = launch.Device(90, 132)
+    for weight, x, m, kernels in (
+        ("int4_g128", "bfloat16", 1, {"lb::gemm", "lb::quant::quantize_groups"}),
+        ("fp8_row", "fp8_row", 16, {"lb::gemm", "lb::quant::quantize_tiles"}),
+    ):
+        found = sources.sources([("lowbit", Work(4096, 4096, weight, x), m)], hopper)
+        assert {source.name.partition("<")[0] for source in found} == kernels
+    both = [("lowbit", Work(4096, 4096, "int4_g128", "bfloat16"), m) for m in (1, 2)]
+    assert len(sources.sources(both, hopper)) == len(sources.sources(both[:1], hopper))
+    assert sources.sources([("torch.dense", Work(64, 64, "float16", "float16"), 1)], hopper) == []
+
+
+def test_every_point_of_the_quick_sweep_and_of_the_small_cases_launches_something() -> None:
+    ada = launch.Device(89, 128)
+    wanted = {*sources.points_of(groups("quick")), *small.cases()}
+    for point in wanted:
+        if point[0].startswith("lowbit") and not contenders.refusal(*point[:2]):
+            assert sources.sources([point], ada), point
+
+
+def test_what_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(source: Any, capability: int) -> None:
+        raise compiling.CompileError(f"no sm_{capability}\nand more")
+
+    monkeypatch.setattr(compiling, "cubin", refuses)
+    assert sources._compile(launch.Source("", "name", 32), 75) == "name: no sm_75"
+    monkeypatch.setattr(compiling, "cubin", lambda *arguments: None)
+    assert sources._compile(launch.Source("", "name", 32), 90) == ""
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_the_kernels_that_hold_read_and_copy_compile() -> None:
+    for text, name in ((clocks.HOLD, "hold"), (roofs.KERNELS, "read"), (roofs.KERNELS, "copy")):
+        assert compiling.nvrtc(launch.Source(text, name, 32), "sm_90a").name == name
+
+
 # Without a device
 
 
@@ -401,9 +443,10 @@ def test_contenders_are_checked_then_alternate_and_rotate_their_copies() -> None
     del fake.log[:]
     rows = found.turn(group.turns[0])
     calls = [word for word in fake.log if word not in ("hold", "event", "wait")]
-    # Each copy once for the pilot: 1 ms a call, so 3 calls a round at least.
+    # Each copy once for the pilot, which says 1 ms a call: two calls fill a round of 2 ms.
     pilot = ["a0", "a1", "a2", "b0", "b1", "b2"]
-    assert calls == ["a0", "check a 1", "b0", "check b 1", *pilot, *pilot, *pilot]
+    rounds = ["a0", "a1", "b0", "b1", "a2", "a0", "b2", "b0"]
+    assert calls == ["a0", "check a 1", "b0", "check b 1", *pilot, *rounds]
     assert [r.note for r in rows] == ["", "", "absent: no wheel"]
     assert [len(r.times) for r in rows] == [2, 2, 0]
     assert (rows[0].share_of_bound, rows[0].rotated, rows[0].weight_bytes) == (0.5, 300, 100)
@@ -493,6 +536,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     )
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(device, "query", lambda field: "some")
+    monkeypatch.setattr(sources, "compiled", lambda points, device: f"for {device.name}")
     monkeypatch.setattr(roofs, "BYTES", 1 << 10)
     monkeypatch.setattr(roofs, "SIDE", 64)
     monkeypatch.setattr(roofs, "DENSE", {"bf16": (dense,)})
@@ -528,6 +572,7 @@ def test_a_run_checks_times_judges_and_writes(
     assert [v["met"] for v in record["verdicts"]] == [True, False, True]
     assert record["verdicts"][1]["said"].startswith("missed")
     text = capsys.readouterr().out
+    assert "for cuda:90:4\n" in text
     assert "missed" in text
     assert "torch.dense was not measured: torch" in text
 

@@ -10,6 +10,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
+from lowbit.kernels.cuda.launch import Device
+
 PACKAGES = (
     *("lowbit", "numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "torch", "triton"),
     *("gemlite", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cublas"),
@@ -61,6 +63,11 @@ def describe(cupy: Any, ask: Callable[[str], str] | None = None) -> dict[str, An
         },
         "versions": versions,
     }
+
+
+def kind(facts: dict[str, Any]) -> Device:
+    """What kernels are chosen for, of what `describe` gave."""
+    return Device(round(10 * float(facts["capability"])), int(facts["multiprocessors"]))
 
 
 def clocks(ask: Callable[[str], str] | None = None) -> dict[str, str]:

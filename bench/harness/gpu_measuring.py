@@ -133,7 +133,7 @@ class Running:
         """Calls of a round: each copy is met once beforehand, which says how long one takes."""
         first = min(max(3, self.contenders[entrant].copies), MOST_CALLS)
         seconds = self._batch(entrant, row, first)
-        return max(3, min(MOST_CALLS, round(self.pace.seconds / max(seconds, 1e-7))))
+        return max(1, min(MOST_CALLS, round(self.pace.seconds / max(seconds, 1e-7))))
 
     def _batch(self, entrant: Entrant, row: Row, count: int) -> float:
         """Seconds of a call; where one fails the row says so, and is not timed any more."""

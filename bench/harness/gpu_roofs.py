@@ -34,7 +34,7 @@ __device__ __forceinline__ uint4 load(const uint4* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-// Four loads of a thread are under way at once; `out` is written for no number that there is.
+// Four loads of a thread are under way at once. `out` is hardly ever written: nobody can know that.
 extern "C" __global__ void read(const uint4* from, long long count, unsigned* out) {
     const long long step = (long long)gridDim.x * blockDim.x;
     unsigned seen = 0;
@@ -43,9 +43,9 @@ extern "C" __global__ void read(const uint4* from, long long count, unsigned* ou
 #pragma unroll
         for (int j = 0; j < 4; ++j) v[j] = load(from + min(i + j * step, count - 1));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) seen |= v[j].x | v[j].y | v[j].z | v[j].w;
+        for (int j = 0; j < 4; ++j) seen += v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
     }
-    if (seen == 0xffffffffu) *out = seen;
+    if (seen == 0x51ed270bu) *out = seen;
 }
 extern "C" __global__ void copy(const uint4* from, long long count, uint4* to) {
     const long long step = (long long)gridDim.x * blockDim.x;
@@ -83,8 +83,9 @@ def rates(rows: list[Row]) -> dict[str, float]:
 
 def memory(cupy: Any, clock: Clock, processors: int) -> tuple[float, float]:
     """Bytes a second that are read; bytes read plus written a second of a copy."""
-    source = cupy.zeros((BYTES,), np.uint8)
-    target, out = cupy.empty((BYTES,), np.uint8), cupy.zeros((1,), np.uint32)
+    # Numbers that differ: bits that never change take less power, and clocks rise.
+    source = cupy.arange(BYTES // 4, dtype=np.uint32) * np.uint32(2654435761)
+    target, out = cupy.empty((BYTES // 4,), np.uint32), cupy.zeros((1,), np.uint32)
     module = cupy.RawModule(code=KERNELS)
     count = np.int64(BYTES // 16)
     reader, copier = module.get_function("read"), module.get_function("copy")

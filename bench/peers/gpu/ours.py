@@ -84,10 +84,11 @@ def meaning_of(why: lb.Explanation, held: Kept, dtype: str) -> Meaning:
     """What the chosen kernel says of its arithmetic, as `lowbit.testing.error_bound` reads it."""
     kernel = next(k for k in registered() if k.name == why.kernel)
     roundings = kernel.roundings(why.problem)
+    count, accumulator = roundings.count, roundings.accumulator
     return Meaning(
         held,
-        roundings=roundings.count,
-        accumulator=roundings.accumulator,
-        relative=roundings.weight,
+        roundings=count,
+        accumulator=accumulator,
+        relative=roundings.weight * (1 + lb.testing.gamma(count, accumulator)),
         out=dtype,
     )
