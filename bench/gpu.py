@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,8 +267,8 @@ class Run:
 
 def row_of(record: dict[str, Any]) -> Row:
     """A row as `Run.write` wrote it."""
-    fields = ("section", "name", "m", "threads", "note", "weight_bytes", "rotated", "moved")
-    known = {name: record[name] for name in (*fields, "share_of_bound", "times")}
+    names = (field.name for field in fields(Row) if field.name != "work")
+    known = {name: record[name] for name in names}
     return Row(work=Work(**record["work"]), **known)
 
 

@@ -118,7 +118,7 @@ class Running:
         if row.m < built.least_rows:
             row.note = f"absent: wants at least {built.least_rows} rows"
             return
-        row.weight_bytes = built.weight_bytes
+        row.weight_bytes, row.out_bytes = built.weight_bytes, built.out_bytes
         row.rotated = contender.copies * built.weight_bytes
         row.moved = built.moved(row.m) if built.moved else 0
         try:

@@ -125,6 +125,8 @@ class Row:
     """Bytes of weights taken in turn."""
     moved: int = 0
     """Bytes read and written by a call, where those are not weights, x and y."""
+    out_bytes: int = 0
+    """Of an entry of y; 0 is two where x has 16 bits and else four."""
     share_of_bound: float = 0.0
     """How much of its error bound the answer used; above 1 is wrong and is not timed."""
     times: list[float] = field(default_factory=list)
@@ -161,7 +163,7 @@ class Row:
     def traffic(self) -> int:
         """Bytes of weights, x and y, each once."""
         x_bytes = {"float32": 4, "float16": 2, "bfloat16": 2}.get(self.work.x, 1)
-        y_bytes = 2 if x_bytes == 2 else 4
+        y_bytes = self.out_bytes or (2 if x_bytes == 2 else 4)
         work = self.work
         return self.weight_bytes + self.m * (work.k * x_bytes + work.n * y_bytes)
 

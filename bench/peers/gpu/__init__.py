@@ -36,6 +36,8 @@ class Built:
     """(answer, rows) to the share of its bound that it uses; raises `checking.Wrong`."""
     moved: Callable[[int], int] | None = None
     """Bytes read and written by a call with m rows, where those are not w, x and y."""
+    out_bytes: int = 2
+    """Of an entry of the answer."""
     least_rows: int = 1
     host: bool = False
     """Time of the host is what is measured."""

@@ -70,6 +70,7 @@ def build(name: str, operands: Operands) -> Built:
         take=take,
         call=call,
         check=check,
+        out_bytes=np.dtype(dtype).itemsize,
         host=name != "lowbit",
     )
 

@@ -150,6 +150,7 @@ def _int_mm(operands: Operands) -> Built:
         meaning=exact,
         x=lambda m, rows: picked(given[m], rows),
         least_rows=17,
+        out_bytes=4,
     )
 
 
@@ -229,6 +230,7 @@ def _built(
     meaning: Meaning,
     x: Callable[[int, Array], Array],
     least_rows: int = 1,
+    out_bytes: int = 2,
 ) -> Built:
     return Built(
         weight_bytes=weight_bytes,
@@ -237,6 +239,7 @@ def _built(
         call=call,
         check=lambda answer, m: share_of_bound(answer, x, m, operands.work.n, meaning),
         least_rows=least_rows,
+        out_bytes=out_bytes,
     )
 
 
