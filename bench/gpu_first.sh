@@ -5,7 +5,8 @@
 #
 # PYTHON names the interpreter (default .venv/bin/python, else python3). WHEELS names a folder of
 # wheels for a machine without a network: lowbit's requirements are installed from there, into an
-# environment of the results' folder that sees what the machine has.
+# environment of the results' folder that sees what the machine has. STEPS names some of the steps
+# (machine tests small memcheck racecheck bench); without it all are run, within half an hour.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
@@ -21,6 +22,7 @@ failed=()
 step() { # name, most seconds, command ...
     local name=$1 most=$2 started=$SECONDS
     shift 2
+    [[ " ${STEPS:-$name} environment wheels " == *" $name "* ]] || return 0
     echo "== $name"
     if timeout "$most" "$@" > "$out/$name.log" 2>&1; then
         echo "ok, $((SECONDS - started)) s: $(tail -n 1 "$out/$name.log")"
@@ -31,17 +33,11 @@ step() { # name, most seconds, command ...
     fi
 }
 
-environment() {
-    "$python" -m venv --system-site-packages "$out/venv" &&
-        "$out/venv/bin/python" -m pip install --no-index --find-links "$WHEELS" \
-            --disable-pip-version-check -q $(cd "$WHEELS" && ls -- *.whl | sed 's|^|'"$WHEELS"'/|')
-}
 if [ -n "${WHEELS:-}" ]; then
-    WHEELS=$(cd "$WHEELS" && pwd)
-    export -f environment
-    export python out WHEELS
-    step environment 120 bash -c environment
+    step environment 60 "$python" -m venv --system-site-packages "$out/venv"
     python=$out/venv/bin/python
+    step wheels 120 "$python" -m pip install --disable-pip-version-check -q --no-index \
+        --find-links "$WHEELS" "$WHEELS"/*.whl
 fi
 
 absent='import sys; sys.path.insert(0, "bench"); from harness import gpu_device as g; sys.exit(g.absence())'
