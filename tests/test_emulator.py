@@ -237,6 +237,24 @@ def test_addresses_beyond_32_bits(emulator: Emulator):
         right((size // 64 + 1,), (64,), (x, y, np.int64(size + 64)))
 
 
+def test_stacks_of_other_processors(emulator: Emulator):
+    """The switch that is not written in assembly."""
+    emulator.sanitize = "ucontext"
+    x = np.arange(100, dtype=np.float32)
+    text = """
+    __global__ void kernel(const float* x, float* y) {
+        y[threadIdx.x] = lb::block_max<128>(threadIdx.x < 100 ? x[threadIdx.x % 100] : 0.f);
+        __syncthreads();
+    }
+    """
+    y = emulator.empty((128,), np.float32)
+    f = emulator.function(source(text, 128))
+    f((2,), (128,), (x, y))
+    assert (y == 99).all()
+    with pytest.raises(EmulatorError, match="access out of bounds"):
+        f((1,), (128,), (x, y[:100]))
+
+
 def test_launches_from_threads(emulator: Emulator):
     results = [emulator.empty((1000,), np.float32) for _ in range(4)]
 

@@ -162,6 +162,12 @@ WRONG = (
     ("lb::cp_async<4>(shared, out, 5);", "5 valid bytes of 4"),
     ("lb::cp_async<4>(out, out, 4);", "is not in shared memory"),
     ("__trap();", "__trap"),
+    ("*reinterpret_cast<long long*>(out + 1) = 1;", r"misaligned access \(.*line 5\)"),
+    ("int x[4] = {}; out[0] = x[n / 4];", "index outside of an array"),
+    ("lb::static_shared<int[3]>()[n / 5] = 1;", "index outside of an array"),
+    ("out[0] = n << (n * 2);", "shift too far"),
+    ("out[0] = (n << 26) + (n << 26);", "sum beyond its type"),
+    ("out[0] = n * (1 << 28);", "product beyond its type"),
 )
 
 

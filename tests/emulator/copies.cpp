@@ -9,7 +9,7 @@ namespace {
 struct Operation {
     void (*run)(void*);
     char* sync;
-    alignas(16) char data[256];
+    alignas(64) char data[256];
 };
 std::vector<Operation> soon, late;
 void* engine_thread;

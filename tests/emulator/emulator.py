@@ -25,9 +25,9 @@ structs (`bytes`, `np.void`) of the parameter's size, `np.uintp(0)` for a null p
 read-only, others are copied back. Memory of `empty`, shared memory and uninitialised variables hold
 0xFF (NaN), copies in flight land as late as they may, lanes run in random order.
 
-Not modelled: clusters, proxy fences, weak memory (fences only under ThreadSanitizer), registers that
-wgmma still reads, how tensor cores round their sums, contraction of a * b + c into fma (write fmaf
-where bits matter), blocks that wait for others, banks of shared memory, time.
+Not modelled: clusters, proxy fences, weak memory (fences only under ThreadSanitizer), registers
+that wgmma still reads, how tensor cores round their sums, contraction of a * b + c into fma (write
+fmaf where bits matter), blocks that wait for others, banks of shared memory, time.
 """
 
 from __future__ import annotations
