@@ -19,8 +19,9 @@ HERE = Path(__file__).parent
 KERNELS = Path(cuda.__file__).parent
 CACHE = Path(os.environ.get("LOWBIT_EMULATOR_CACHE", HERE.parents[1] / "build" / "emulator"))
 COMPILER = "g++"
-# Compiling takes longer than running. No contraction: an fma is one where the kernel says fma. Variables start as a pattern, not as what
-# the stack happens to hold. A symbol of one kernel must not be taken for that of another.
+# Compiling takes longer than running, so -O1. No contraction: an fma is one where the kernel says
+# fma. Variables start as a pattern, not as what the stack happens to hold. A symbol of one kernel
+# must not be taken for that of another.
 FLAGS = (
     "-std=c++17 -O1 -g1 -fPIC -fno-gnu-unique -fno-strict-aliasing -ffp-contract=off "
     "-ftrivial-auto-var-init=pattern -Wall -Wno-unknown-pragmas -Wno-class-memaccess "
