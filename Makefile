@@ -11,13 +11,15 @@ RUN := $(VENV)/bin/python -P
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .NOTPARALLEL:
-.PHONY: help demo emulator test nightly lint ruff mypy pyright import-linter docs dist-check clean
+.PHONY: help demo emulator test nightly audit cubins lint ruff mypy pyright import-linter docs dist-check clean
 
 help:
 	@echo "make demo        quantize a real model, print what it costs, draw a picture"
 	@echo "make test        the tests"
 	@echo "make emulator    what runs aarch64 code in the tests (Debian and its kin; asks for root)"
 	@echo "make nightly     the tests, with many random examples"
+	@echo "make audit       machine code of the GPU kernels, in numbers: tests/audit/table.json"
+	@echo "make cubins      machine code of the GPU kernels that comes with the package"
 	@echo "make lint        ruff, mypy, pyright, import-linter"
 	@echo "make docs        docs/_build/html, warnings are errors"
 	@echo "make dist-check  wheel and source distribution, each installed and run in a clean venv"
@@ -44,6 +46,13 @@ emulator:
 
 nightly: $(VENV)/.test
 	$(RUN) -m pytest $(PYTEST) --hypothesis-profile nightly
+
+# No GPU: NVRTC and the disassemblers are packages.
+audit: $(VENV)/.test
+	PYTHONPATH=tests/audit $(RUN) -m table
+
+cubins: $(VENV)/.test
+	PYTHONPATH=tests/audit $(RUN) -m cubins
 
 lint: ruff mypy pyright import-linter
 

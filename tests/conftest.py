@@ -8,6 +8,8 @@ from emulator import Emulator, missing
 from hypothesis import settings
 from launchers import Launcher, no_gpu
 
+from lowbit.kernels.cuda import compile
+
 settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("ci")
@@ -28,6 +30,14 @@ def emulator() -> Emulator:
     if reason is not None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     return Emulator()
+
+
+@pytest.fixture
+def nvrtc() -> None:
+    """For tests that compile for GPUs."""
+    reason = compile.missing()
+    if reason is not None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])

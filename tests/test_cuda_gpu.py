@@ -192,9 +192,10 @@ def test_more_shared_memory_is_asked_for(cupy):
 
 
 def test_memory_lies_on_the_machines_own_device(cupy, monkeypatch):
-    seen, empty = [], cupy.empty
+    seen: list[int] = []
+    empty: Any = cupy.empty
 
-    def noted(*given: Any) -> Array:
+    def noted(*given: Any) -> Any:
         seen.append(cupy.current)
         return empty(*given)
 
@@ -243,7 +244,7 @@ def test_the_stream_of_each_thread_has_counters_of_its_own(cupy):
 def test_products_of_any_views(cupy, dtype, x_view, w_view, m, n, k):
     rng = np.random.default_rng(0)
 
-    def made(rows: int, columns: int, view: str) -> Array:
+    def made(rows: int, columns: int, view: str) -> Any:
         values = rng.integers(-4, 4, (rows, columns)).astype(dtype)
         if view == "transposed":
             return array(np.ascontiguousarray(values.T)).T

@@ -16,8 +16,13 @@ import lowbit
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("src", "lowbit", "kernels", "formats")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
-PLANTED = ("kernels/cpu/planted.cu", "kernels/cpu/planted.cuh", "formats/planted.json")
-DATA = (".py", ".cu", ".cuh", ".json")
+PLANTED = (
+    "kernels/cpu/planted.cu",
+    "kernels/cpu/planted.cuh",
+    "formats/planted.json",
+    "kernels/cuda/cubins/planted.xz",
+)
+DATA = (".py", ".cu", ".cuh", ".json", ".xz")
 
 
 def checkout(folder: Path) -> Path:

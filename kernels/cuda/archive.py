@@ -23,12 +23,15 @@ class Archive(NamedTuple):
 @cache
 def load(arch: str) -> Archive | None:
     """Return the archive of an architecture; None where the package has none."""
+    path = FOLDER / f"{arch}.xz"
+    return unpack(path.read_bytes()) if path.exists() else None
+
+
+def unpack(packed: bytes) -> Archive:
+    """Return what `save` has written."""
     import lzma
 
-    path = FOLDER / f"{arch}.xz"
-    if not path.exists():
-        return None
-    head, content = lzma.decompress(path.read_bytes()).split(b"\n", 1)
+    head, content = lzma.decompress(packed).split(b"\n", 1)
     table = json.loads(head)
     cubins, at = {}, 0
     for key, name, size in table["cubins"]:
@@ -38,7 +41,7 @@ def load(arch: str) -> Archive | None:
     return Archive((major, minor), cubins)
 
 
-def save(arch: str, archive: Archive, folder: Path = FOLDER) -> int:
+def save(arch: str, archive: Archive, folder: Path) -> int:
     """Write the archive of an architecture and return its size. Equal content gives equal bytes."""
     import lzma
 

@@ -122,7 +122,9 @@ def nvrtc(source: Source, arch: str) -> Cubin:
         except binding.NVRTCError as error:
             log = binding.getProgramLog(program)
             raise CompileError(f"{source.name} for {arch}: {error}\n{log}") from None
-        return Cubin(binding.getCUBIN(program), str(binding.getLoweredName(program, source.name)))
+        # CuPy cuts the last byte off, the zero of a text: an ELF file wants its own back.
+        code = binding.getCUBIN(program) + b"\0"
+        return Cubin(code, str(binding.getLoweredName(program, source.name)))
     finally:
         binding.destroyProgram(program)
 
@@ -149,6 +151,15 @@ def includes() -> tuple[str, ...]:
     )
 
 
+def missing() -> str | None:
+    """Say what is not there to compile with, and what installs it; None if nothing is missing."""
+    try:
+        includes()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
 def remedy() -> str:
     """Return the command that installs what is missing."""
     from importlib.metadata import distributions
@@ -159,18 +170,22 @@ def remedy() -> str:
 
 def _places(major: int) -> list[list[Path]]:
     """Folders of headers, the likeliest first: pip's packages of NVRTC's own major version."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [Path(each) for each in (spec.submodule_search_locations or ())] if spec else []
     if major >= 13:
         names: tuple[str, ...] = (f"cu{major}/include", f"cu{major}/include/cccl")
     else:
         names = tuple(f"cuda_{each}/include" for each in ("runtime", "cccl", "nvcc"))
-    places = [[root / name for name in names] for root in roots]
+    places = [[root / name for name in names] for root in wheels()]
     for variable in ("CUDA_PATH", "CUDA_HOME"):
         if os.environ.get(variable):
             folder = Path(os.environ[variable]) / "include"
             places.append([folder, folder / "cccl"])
     return places
+
+
+def wheels() -> list[Path]:
+    """Folders of NVIDIA's packages."""
+    spec = importlib.util.find_spec("nvidia")
+    return [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
 
 
 def _binding() -> Any:
