@@ -117,19 +117,22 @@ def test_integers_have_the_bits_of_the_cpu(emulator):
         conformance.same_bits(got, want)
 
 
-@pytest.mark.parametrize(("x", "w"), [("bfloat16", "int4_g32"), ("int8_row", "int8_row")])
-def test_blocks_share_the_columns_in_a_fixed_order(gpu, x, w):
+SHARING = [(MMA, "bfloat16", "int4_g32"), (INTEGER, "int8_row", "int8_row")]
+SHARING += [("matmul.cuda.wgmma", "bfloat16", "int4_g128")]
+
+
+@pytest.mark.parametrize(("kernel", "x", "w"), SHARING)
+def test_blocks_share_the_columns_in_a_fixed_order(gpu, kernel, x, w):
     gpu.device = Device(90, 64)
-    left, right = conformance.dense_or_quantized(x, 9, 2000), random_qarray(w, 100, 2000)
-    kernel = MMA if x == "bfloat16" else INTEGER
+    left, right = conformance.dense_or_quantized(x, 9, 2048), random_qarray(w, 100, 2048)
     problem = lb.explain(left, right.T, kernel=kernel).problem
-    assert tiles.shares_for(tiles.tile_for(9, 4, 16), Device(90, 64), 9, 100, 2000) > 1
     found = []
     for seed in range(3):
         gpu.seed = seed
         found.append(lb.matmul(left, right.T, kernel=kernel))
         assert_within_bound(found[-1], left, right.T, kernel=kernel)
     assert problem.device == "cuda:90:64"
+    assert tiles.shares_for(2, 16, 128) == 8
     conformance.same_bits(found[0], found[1])
     conformance.same_bits(found[0], found[2])
 

@@ -14,8 +14,8 @@
 // before its scales meet the sum, acc = fma(x_scale, w_scale * float(sum), acc); segments come in ascending order.
 // Folded ones multiply scales into w's numbers first, and takes blocks of any width.
 #pragma once
-#include "epilogue.cuh"
 #include "operands.cuh"
+#include "results.cuh"
 
 namespace lb {
 
@@ -36,8 +36,9 @@ template <class C> struct GemmTiles {
     };
     union {
         Stage stage[C::stages];
-        u32 result[C::columns][C::rows + 4];  // so far apart that lanes write to different banks
+        ResultTile<C::rows, C::columns> result;
     };
+    int ticket;
 };
 
 // Brings rows first.. of a matrix, a stage's bytes at a time, to a tile; what lies outside of the matrix is zero.
@@ -78,9 +79,6 @@ template <int Piece, int Rows, int RowBytes, int Pitch, int Threads> struct Fetc
 };
 
 // ---- the kernel ------------------------------------------------------------------------------------------------
-// Past the first-level cache, which does not see what other multiprocessors write.
-template <class T> LB_DEV T load_through(const T* p) { return *static_cast<const volatile T*>(p); }
-
 template <class C>
 __global__ void __launch_bounds__(C::threads, C::resident)
 gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long long w_pitch,
@@ -103,8 +101,7 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
     const int n0 = blockIdx.x * C::rows, m0 = blockIdx.y * C::columns;
 
     // This block's share of the columns, in stages.
-    const int stages = (K + C::depth - 1) / C::depth, share = C::shared ? (stages + int(gridDim.z) - 1) / int(gridDim.z) : stages;
-    const int begin = C::shared ? int(blockIdx.z) * share : 0, end = min(stages, begin + share);
+    const auto [begin, end] = Share<C>((K + C::depth - 1) / C::depth);
     const auto row_bytes = [K](int octet) { return int(((long long)K * octet + 7) / 8); };
     const Fetch<C::w_piece, C::rows, Tiles::w_row, Tiles::w_pitch, C::threads> fetch_w{w, w_pitch, n0, N, row_bytes(W::octet)};
     const Fetch<C::x_piece, C::columns, Tiles::x_row, Tiles::x_pitch, C::threads> fetch_x{x, x_pitch, m0, M, row_bytes(X::octet)};
@@ -227,61 +224,34 @@ gemm(const u8* __restrict__ x, long long x_pitch, const u8* __restrict__ w, long
     cp_async_wait<0>();
     if constexpr (!C::partial_sums) flush(min(ends, K) - 1);
 
-    // Through shared memory, so that a warp writes columns of the result that lie side by side.
-    __syncthreads();
+    __syncthreads();  // nobody reads a stage any more
 #pragma unroll
     for (int wt = 0; wt < WT; ++wt)
 #pragma unroll
         for (int xt = 0; xt < XT; ++xt)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                u32& to = tiles.result[x0 + xt * 8 + t * 2 + i % 2][w0 + wt * 16 + i / 2 * 8 + g];
+                u32& to = tiles.result.sum[x0 + xt * 8 + t * 2 + i % 2][w0 + wt * 16 + i / 2 * 8 + g];
                 if constexpr (C::partial_sums) to = bits<u32>(sum[wt][xt][i]);
                 else to = bits<u32>(acc[wt][xt][i]);
             }
-    __syncthreads();
-    auto each = [&](auto use) {
-#pragma unroll 1
-        for (int m = int(warp()); m < min(C::columns, M - m0); m += C::threads / 32)
-#pragma unroll
-            for (int n = int(lane()); n < C::rows; n += 32)
-                if (n0 + n < N) use(m, n);
-    };
-    const long long size = (long long)M * N;
-    auto place = [&](int m, int n) { return (long long)(m0 + m) * N + n0 + n; };
-    if constexpr (C::shared) {
-        each([&](int m, int n) { partial[blockIdx.z * size + place(m, n)] = bits<Sum>(tiles.result[m][n]); });
-        // The last block of a tile to arrive adds the shares in ascending order.
-        int& ticket = static_shared<int>();
-        __threadfence();
-        __syncthreads();
-        int& counter = arrived[blockIdx.y * gridDim.x + blockIdx.x];
-        if (threadIdx.x == 0) ticket = atomicAdd(&counter, 1);
-        __syncthreads();
-        if (ticket != int(gridDim.z) - 1) return;
-        __threadfence();
-        if (threadIdx.x == 0) atomicExch(&counter, 0);  // for the next launch
-    }
     double factor = alpha;
     if constexpr (C::w_factor) factor *= double(*w_factor);
     if constexpr (C::x_factor) factor *= double(*x_factor);
     const Finish<C> finish{float(factor), bias, residual, residual_pitch, out, out_pitch};
-    each([&](int m, int n) {
-        float v = bits<float>(tiles.result[m][n]);
-        if constexpr (C::shared) {
-            Sum total = 0;
-#pragma unroll 1
-            for (int z = 0; z < int(gridDim.z); ++z) total += load_through(&partial[z * size + place(m, n)]);
-            if constexpr (C::partial_sums) {
-                float by, none;
-                w_blocks.load(by, none, none, n0 + n, 0);
-                v = __fmul_rn(C::XScale::load(x_scales[(long long)((m0 + m) / x_block_rows) * x_scale_pitch]), __fmul_rn(by, float(total)));
-            } else {
-                v = float(total);
-            }
+    const auto scaled = [&](Sum total, int m, int n) {
+        if constexpr (C::partial_sums) {
+            float by, none;
+            w_blocks.load(by, none, none, n, 0);
+            const float left = C::XScale::load(x_scales[(long long)(m / x_block_rows) * x_scale_pitch]);
+            return __fmul_rn(left, __fmul_rn(by, float(total)));
+        } else {
+            return float(total);
         }
-        finish(m0 + m, n0 + n, v);
-    });
+    };
+    const Results<C, Sum, C::rows, C::columns> results{
+        tiles.result, tiles.ticket, M, N, m0, n0, int(warp()), C::threads / 32, partial, arrived};
+    results.leave([] { __syncthreads(); }, scaled, finish);
 }
 
 }  // namespace lb

@@ -116,10 +116,10 @@ def build(p: Problem) -> Bind:
     return product.bind(p, _spec(p), _segment(p))
 
 
-def roundings(p: Problem) -> Roundings:
-    """The arithmetic of a product."""
+def roundings(p: Problem, shares: int = 1) -> Roundings:
+    """The arithmetic of a product whose columns at least so many blocks share."""
     spec, segment = _spec(p), min(_segment(p), p.k)
-    segments, shares = -(-p.k // segment), product.shares_of(p, spec)
+    segments, shares = -(-p.k // segment), max(shares, product.shares_of(p, spec))
     terms = 3 if p.x == "float32" else 2 if p.x == "float16" and spec.operand == "Bfloat16" else 1
     # Every instruction cuts 17 terms and their sum by 2 u of the sum of their sizes.
     count = 2 * (_TERMS + 2) * terms * (-(-segment // _TERMS) + 2)

@@ -7,13 +7,12 @@
 // One producer warp, two warpgroups of 64 rows of w each. While the tensor cores work on a stage, its warpgroup
 // decodes the next one. A segment of columns is added up before its scales meet the sum, in ascending order.
 #pragma once
-#include "epilogue.cuh"
 #include "operands.cuh"
+#include "results.cuh"
 #include "sm90.cuh"
 
 namespace lb {
 
-constexpr int hopper_apart = 132;  // floats between rows of results: lanes write to different banks
 constexpr int hopper_depth = 64;  // columns of a stage: 128 bytes of x, which TMA swizzles
 
 template <class C> struct HopperTiles {
@@ -21,7 +20,11 @@ template <class C> struct HopperTiles {
         u8 x[C::columns][128];
         u8 w[2 * 64][8 * C::Element::Bits];
     };
-    Stage stage[C::stages];
+    union {
+        Stage stage[C::stages];
+        ResultTile<128, C::columns> result;
+    };
+    int ticket;
     Mbarrier full[C::stages], empty[C::stages];
 };
 
@@ -31,11 +34,13 @@ gemm_sm90(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
           const typename C::Scale::Stored* __restrict__ scales, const typename C::Zero::Stored* __restrict__ zeros,
           int scale_pitch, int block_rows, int block_columns, const float* __restrict__ w_factor, double alpha,
           const float* __restrict__ bias, const typename C::Residual* __restrict__ residual, long long residual_pitch,
-          typename C::Out* __restrict__ out, long long out_pitch, int M, int N, int K, int segment) {
+          typename C::Out* __restrict__ out, long long out_pitch, float* __restrict__ partial, int* __restrict__ arrived, int M, int N, int K, int segment) {
     using Op = typename C::Element::Op;
     constexpr int bits = C::Element::Bits, columns = C::columns, sums = columns / 2;
     auto& shared = dynamic_shared<HopperTiles<C>>();
-    const int m0 = blockIdx.x * columns, n0 = blockIdx.y * 128, stages = (K + hopper_depth - 1) / hopper_depth;
+    const int m0 = blockIdx.x * columns, n0 = blockIdx.y * 128;
+    const Share<C> share((K + hopper_depth - 1) / hopper_depth);
+    const int first = share.begin, count = share.end - first;  // stages are counted from the first of this block
     if (threadIdx.x == 0) {
         for (int s = 0; s < C::stages; ++s) mbarrier_init(&shared.full[s], 1), mbarrier_init(&shared.empty[s], 256);
         mbarrier_fence_init();
@@ -44,13 +49,13 @@ gemm_sm90(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
     if (warp() >= 8) {  // the producer's warpgroup, of which one thread works
         registers_lower<40>();
         if (warp() == 8 && lane() == 0)
-            for (int i = 0; i < stages; ++i) {
+            for (int i = 0; i < count; ++i) {
                 auto& to = shared.stage[i % C::stages];
                 Mbarrier* full = &shared.full[i % C::stages];
                 mbarrier_wait(&shared.empty[i % C::stages], i / C::stages & 1 ^ 1);
                 mbarrier_arrive_expect(full, sizeof(to.x) + sizeof(to.w));
-                tma_load_2d(to.x, &x_map, i * hopper_depth, m0, full);
-                tma_load_2d(to.w, &w_map, i * 8 * bits, n0, full);
+                tma_load_2d(to.x, &x_map, (first + i) * hopper_depth, m0, full);
+                tma_load_2d(to.w, &w_map, (first + i) * 8 * bits, n0, full);
             }
         return;
     }
@@ -95,7 +100,7 @@ gemm_sm90(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
             }
         }
     };
-    int ends = segment;  // of the segment whose scales are at hand
+    int ends = (first * hopper_depth / segment + 1) * segment;  // of the segment whose scales are at hand
     // Starts the products of stage i and decodes stage i + 1 meanwhile.
     auto step = [&](const u32 (&a)[4][4], u32 (&next)[4][4], int i) {
         const u64 x = descriptor_sw128(shared.stage[i % C::stages].x);
@@ -103,10 +108,10 @@ gemm_sm90(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
 #pragma unroll
         for (int s = 0; s < 4; ++s) wgmma<columns, typename Op::Number>(sum, a[s], x + 2 * s);
         wgmma_commit();
-        const int column = (i + 1) * hopper_depth;
-        const bool closes = column == ends || i + 1 == stages;
+        const int column = (first + i + 1) * hopper_depth;
+        const bool closes = column == ends || i + 1 == count;
         const float own[2] = {scale[0], scale[1]};
-        if (i + 1 < stages) {
+        if (i + 1 < count) {
             if (column == ends) ends += segment, advance(ends);
             decode(next, i + 1);
         }
@@ -114,36 +119,30 @@ gemm_sm90(const __grid_constant__ TensorMap x_map, const __grid_constant__ Tenso
         mbarrier_arrive(&shared.empty[i % C::stages]);
         if (closes) flush(own);
     };
-    look_ahead(0);
+    look_ahead(first * hopper_depth);
     advance(ends);
     u32 even[4][4], odd[4][4];
     decode(even, 0);
 #pragma unroll 1
-    for (int i = 0; i < stages; i += 2) {
+    for (int i = 0; i < count; i += 2) {
         step(even, odd, i);
-        if (i + 1 < stages) step(odd, even, i + 1);
+        if (i + 1 < count) step(odd, even, i + 1);
     }
 
     double factor = alpha;
     if constexpr (C::w_factor) factor *= double(*w_factor);
     const Finish<C> finish{float(factor), bias, residual, residual_pitch, out, out_pitch};
-    // Through shared memory, so that a warp writes columns of the result that lie side by side.
-    auto& sums_of = *reinterpret_cast<float(*)[columns][hopper_apart]>(shared.stage);
-    static_assert(sizeof(sums_of) <= sizeof(shared.stage), "the tile does not fit the stages");
-    named_barrier_sync(1, 256);  // nobody reads a stage any more
+    const auto sync = [] { named_barrier_sync(1, 256); };
+    sync();  // nobody reads a stage any more
 #pragma unroll
     for (int j = 0; j < columns / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float v = C::whole ? __fmul_rn(scale[i / 2], sum[4 * j + i]) : acc[C::whole ? 0 : 4 * j + i];
-            sums_of[8 * j + 2 * t + i % 2][row + 8 * (i / 2)] = v;
+            shared.result.sum[8 * j + 2 * t + i % 2][row + 8 * (i / 2)] = lb::bits<u32>(v);
         }
-    named_barrier_sync(1, 256);
-#pragma unroll 1
-    for (int m = int(warp()); m < min(columns, M - m0); m += 8)
-#pragma unroll
-        for (int n = int(lane()); n < 128; n += 32)
-            if (n0 + n < N) finish(m0 + m, n0 + n, sums_of[m][n]);
+    const Results<C, float, 128, columns> results{shared.result, shared.ticket, M, N, m0, n0, int(warp()), 8, partial, arrived};
+    results.leave(sync, [](float total, int, int) { return total; }, finish);
 }
 
 }  // namespace lb

@@ -17,6 +17,7 @@ from lowbit.formats import Format
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import costs, emit, gemm, launch, product, wgmma
 from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cuda.tiles import shares_for
 from lowbit.kernels.declare import Array, Bind, Epilogue, Kernel, Problem, Roundings, Run
 from lowbit.kernels.segments import segment_of
 
@@ -39,6 +40,8 @@ class Spec:
     bias: bool
     activation: str | None
     residual: str | None
+    shared: bool = False
+    """Blocks share the columns of a tile."""
 
     @property
     def stages(self) -> int:
@@ -51,9 +54,9 @@ class Spec:
         return 128 * self.columns + ROWS * 8 * self.w.element.bits
 
     @property
-    def shared(self) -> int:
-        """Bytes of shared memory: the stages, and their barriers in whole KiB."""
-        return self.stages * self.stage + 1024
+    def shared_memory(self) -> int:
+        """Bytes of a block: the stages or the result, and barriers in whole KiB."""
+        return max(self.stages * self.stage, 4 * self.columns * (ROWS + 4)) + 1024
 
 
 @lru_cache(maxsize=1024)
@@ -63,6 +66,7 @@ def source(spec: Spec) -> Source:
     before, element = emit.numbers(w.element, spec.operand, "WeightTable")
     flags = {
         "whole": spec.whole,
+        "shared": spec.shared,
         "w_factor": w.tensor_scale,
         "bias": spec.bias,
         "residual": spec.residual is not None,
@@ -84,14 +88,22 @@ def source(spec: Spec) -> Source:
         + product.after(spec.out, spec.activation, spec.residual)
         + "};\n"
     )
-    return Source(text, "lb::gemm_sm90<Config>", THREADS, spec.shared)
+    return Source(text, "lb::gemm_sm90<Config>", THREADS, spec.shared_memory)
 
 
 def _spec(p: Problem) -> Spec:
     whole = segment_of(p) >= p.k
     rows = product.rows_of(p)
     columns = 64 if rows <= 64 else 256 if whole and rows >= 256 else 128
-    return Spec(gemm.operand_of(p), p.w, columns, whole, p.out, p.bias, p.activation, p.residual)
+    after = p.bias, p.activation, p.residual
+    shared = _shares(p, columns) > 1
+    return Spec(gemm.operand_of(p), p.w, columns, whole, p.out, *after, shared)
+
+
+def _shares(p: Problem, columns: int) -> int:
+    """Blocks that share the columns of a tile."""
+    blocks = -(-p.n // ROWS) * -(-product.rows_of(p) // columns)
+    return shares_for(blocks, -(-p.k // DEPTH), launch.parse(p.device).processors)
 
 
 def _accepts(p: Problem) -> str | None:
@@ -118,11 +130,12 @@ def _accepts(p: Problem) -> str | None:
 def _cost(p: Problem) -> float:
     spec, device = _spec(p), launch.parse(p.device)
     rates = costs.rates(device.capability)
-    blocks = -(-p.n // ROWS) * -(-p.m // spec.columns)
+    shares = _shares(p, spec.columns)
+    blocks = -(-p.n // ROWS) * -(-p.m // spec.columns) * shares
     waves = -(-blocks // device.processors)
     # A tile of fewer columns leaves the tensor cores waiting for what is decoded.
     rate = 0.8 * rates.library / device.processors * min(1.0, spec.columns / 128)
-    computed = waves * 2 * ROWS * spec.columns * p.k / rate
+    computed = waves * 2 * ROWS * spec.columns * p.k / shares / rate
     moved = p.bytes / (rates.bandwidth * min(1.0, blocks / device.processors))
     return costs.LAUNCH + 2e-6 + max(moved, computed)
 
@@ -130,7 +143,8 @@ def _cost(p: Problem) -> float:
 def _build(p: Problem) -> Bind:
     spec, segment = _spec(p), segment_of(p)
     otherwise = gemm.build(p)
-    grid = (-(-p.m // spec.columns), -(-p.n // ROWS))
+    shares = _shares(p, spec.columns)
+    grid = (-(-p.m // spec.columns), -(-p.n // ROWS), shares)
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
@@ -157,6 +171,10 @@ def _build(p: Problem) -> Bind:
                 otherwise(w)(x, epilogue, out)
                 return
             residual = epilogue.residual
+            partial = arrived = out
+            if shares > 1:
+                partial = machine.empty((shares, p.m, p.n), np.float32)
+                arrived = machine.counters(grid[0] * grid[1])
             arguments = (
                 machine.tensor_map(x, (spec.columns, DEPTH), swizzle=128),
                 w_map,
@@ -167,9 +185,11 @@ def _build(p: Problem) -> Bind:
                 product.pitch_of(out if residual is None else residual),
                 out,
                 product.pitch_of(out),
+                partial,
+                arrived,
                 *sizes,
             )
-            function(grid, (THREADS,), arguments, shared_mem=spec.shared)
+            function(grid, (THREADS,), arguments, shared_mem=spec.shared_memory)
 
         return run
 
@@ -181,7 +201,7 @@ def _aligned(address: int, pitch: int) -> bool:
 
 
 def _roundings(p: Problem) -> Roundings:
-    return gemm.roundings(p)
+    return gemm.roundings(p, _shares(p, _spec(p).columns))
 
 
 KERNELS = (

@@ -71,8 +71,8 @@ class Spec:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of a block: the stages, then the tile of the result in their place."""
-        return max(self.stage * self.stages, 4 * self.tile.columns * (self.tile.rows + 4))
+        """Bytes of a block: the stages, then the result in their place; a ticket."""
+        return max(self.stage * self.stages, 4 * self.tile.columns * (self.tile.rows + 4)) + 16
 
 
 def octet_bytes(x: Format | str) -> int:
@@ -308,4 +308,7 @@ def shares_of(p: Problem, spec: Spec) -> int:
     """Blocks that share the columns; one where the order of float sums would not stay."""
     if spec.method == "integer" and not spec.partial_sums:
         return 1
-    return tiles.shares_for(spec.tile, launch.parse(p.device), rows_of(p), p.n, p.k)
+    tile = spec.tile
+    blocks = -(-p.n // tile.rows) * -(-rows_of(p) // tile.columns)
+    room = 2 * launch.parse(p.device).processors
+    return tiles.shares_for(blocks, -(-p.k // tile.depth), room)

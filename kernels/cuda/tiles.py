@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowbit.kernels.cuda.launch import Device
-
 _FULL = 96 * 1024  # bytes of shared memory that a block may have on every GPU from sm_80 on
 _ROOMY = 48 * 1024  # with which four blocks of few rows share a multiprocessor
 
@@ -77,11 +75,12 @@ def stages_for(tile: Tile, stage: int) -> int:
     return max(2, min(8 if tile.columns <= 16 else 4, room // stage))
 
 
-def shares_for(tile: Tile, device: Device, m: int, n: int, k: int) -> int:
-    """Blocks that share the columns of one tile, where the tiles are too few for the GPU."""
-    blocks = -(-n // tile.rows) * -(-m // tile.columns)
-    stages = -(-k // tile.depth)
-    wanted = 2 * device.processors // blocks
+def shares_for(blocks: int, stages: int, room: int) -> int:
+    """Blocks that share the columns of one tile, where the tiles are fewer than there is room for.
+
+    No share is empty.
+    """
+    wanted = room // blocks
     if wanted < 2 or stages < 4:
         return 1
     each = -(-stages // min(wanted, stages // 2))

@@ -93,8 +93,11 @@ void wgmma_issue(u32 mask, const Slots& in, Slots&, u32 warp) {
         }
     }
     ++accumulator->pending;
-    if (coin()) wgmma_run(w, op, warp);
     w.uncommitted.push_back(op);
+    if (!coin()) return;
+    for (auto& group : w.groups)  // sums are added to in the order of issue
+        for (Wgmma& before : group) wgmma_run(w, before, warp);
+    for (Wgmma& before : w.uncommitted) wgmma_run(w, before, warp);
 }
 inline void wgmma_mark(u32, const Slots&, Slots&, u32 commits) {
     WarpWgmma& w = warp_wgmma[warp_in_block()];
