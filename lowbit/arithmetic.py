@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from lowbit import checks, interop
 from lowbit.array import QArray
+from lowbit.device import HOST
 from lowbit.formats import Element, Format, codes, reference, scaling
 from lowbit.formats.reference import Array, Packed
 from lowbit.indexing import per_row
@@ -18,6 +20,9 @@ def negate(w: QArray) -> QArray:
     """-w, exactly: the scales change sign, or codes and zero points where scales have none."""
     parts = w._rows()
     kind = parts.format.scale.element
+    if w._place is not HOST and parts.tensor_scale is None and isinstance(kind, Element):
+        # Codes change, which tables of the host say how.
+        return negate(w.to_device("cpu")).to_device(w.device)
     if parts.tensor_scale is not None:
         changed = replace(parts, tensor_scale=-parts.tensor_scale)
     elif not isinstance(kind, Element):
@@ -76,9 +81,11 @@ def multiply(w: QArray, factor: Any) -> QArray:
             "w * factor: a factor of more than 24 significant bits is not exact; round it to "
             "float32, use alpha in lowbit.matmul, or .dequantize()"
         )
-    parts = w._rows()
+    place = w._place
+    # Scales are few: they are worked on by the host, wherever the codes are.
+    parts = _blocks(w._rows(), place.get)
     if factors.size == 1 and factors.ndim <= w.ndim:
-        return w._with(_scale_all(parts, factors.reshape(())))
+        return w._with(_blocks(_scale_all(parts, factors.reshape(())), place.put))
     rows = (*parts.shape[:-1], 1)
     if w._transposed:
         factors = (factors if factors.ndim > 1 else factors[None]).swapaxes(-1, -2)
@@ -92,7 +99,17 @@ def multiply(w: QArray, factor: Any) -> QArray:
             f"w * factor: want a number, or one for each stored row, shape {wanted}; got "
             f"{array.shape}. Other products need .dequantize()."
         ) from None
-    return w._with(_scale_rows(per_row(parts), factors))
+    return w._with(_blocks(_scale_rows(per_row(parts), factors), place.put))
+
+
+def _blocks(parts: Packed, change: Callable[[Array], Array]) -> Packed:
+    """Every part but the codes changed alike."""
+    zeros, biases, second = (
+        None if p is None else change(p) for p in (parts.zeros, parts.biases, parts.tensor_scale)
+    )
+    return replace(
+        parts, scales=change(parts.scales), zeros=zeros, biases=biases, tensor_scale=second
+    )
 
 
 def divide(w: QArray, divisor: Any) -> QArray:
@@ -166,7 +183,9 @@ def array_equal(a: Any, b: Any) -> bool:
     (True, False)
     """
     left, right = (
-        s.dequantize(np.float64) if isinstance(s, QArray) else interop.to_numpy(s, name)[0]
+        s.to_device("cpu").dequantize(np.float64)
+        if isinstance(s, QArray)
+        else interop.to_numpy(s, name)[0]
         for s, name in ((a, "a"), (b, "b"))
     )
     return bool(np.array_equal(left, right))

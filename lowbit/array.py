@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lowbit import device as places
 from lowbit.formats import Element, Format, reference
 from lowbit.formats.codes import rounded
 from lowbit.formats.reference import Packed
@@ -159,8 +160,12 @@ class QArray(Refusals):
 
     @property
     def device(self) -> str:
-        """Where the parts live, as the array API names it."""
-        return "cpu"
+        """Where the parts live, as the array API names it: "cpu", or "cuda:0" and so on."""
+        return self._place.name
+
+    @property
+    def _place(self) -> places.Place:
+        return places.of(self._parts.codes)
 
     @property
     def layout(self) -> str:
@@ -190,12 +195,12 @@ class QArray(Refusals):
         view = part.view(element.storage) if isinstance(element, Element) else part.view()
         if self._vector:
             view = view[0] if view.ndim > 1 else view
-        view.flags.writeable = False
+        self._place.exporting(view)
         return view
 
     @property
     def codes(self) -> Array:
-        """Packed codes, read-only: (..., rows, bytes) uint8.
+        """Packed codes, read-only (on a GPU by agreement): (..., rows, bytes) uint8.
 
         Each row is a little-endian bit stream padded to a byte; 8-bit elements keep their own
         dtype. Rows are those of the array that was quantized, so `.T` leaves them as they are.
@@ -229,7 +234,7 @@ class QArray(Refusals):
         if part is None:
             return None
         view = part.view()
-        view.flags.writeable = False
+        self._place.exporting(view)
         return view
 
     @property
@@ -247,13 +252,14 @@ class QArray(Refusals):
     # Values
 
     def dequantize(self, dtype: npt.DTypeLike | None = None) -> Array:
-        """Return the values as a new NumPy array.
+        """Return the values as a new array of NumPy, or of CuPy on the array's own GPU.
 
         Parameters
         ----------
         dtype : dtype-like, optional
             float64, float32, float16 or bfloat16; the logical dtype if left out. Values are
-            computed exactly (float64) and rounded once.
+            computed exactly (float64) and rounded once. On a GPU float64, and an array with a
+            divisor, go through the host, which is slow.
 
         Returns
         -------
@@ -269,31 +275,40 @@ class QArray(Refusals):
         from lowbit import checks
 
         target = self._dtype if dtype is None else checks.float_dtype(dtype, "dtype")
-        parts = self._rows()
-        out = np.empty(parts.shape, target)
+        parts, place = self._rows(), self._place
+        if place is not places.HOST and self._divisor is not None:
+            there: Array = place.put(self.to_device("cpu").dequantize(target))
+            return there
+        with place.current():
+            out = place.xp.empty(parts.shape, target)
         if self._divisor is None:
-            _dequantize_to(parts, out)
+            place.dequantize_to(parts, out)
         else:
             divisor = self._divisor.astype(np.float64)
             if self._columns is not None:
                 divisor = divisor[self._columns]
             out[...] = rounded(reference.dequantize(parts) / divisor, target)
         if self._columns is not None:
-            ordered = np.empty_like(out)
-            ordered[..., self._columns] = out
+            with place.current():
+                ordered = place.xp.empty_like(out)
+                ordered[..., self._columns] = out
             out = ordered
+        values: Array = out
         if self._vector:
-            values: Array = out[0]
-            return values
-        return out.swapaxes(-1, -2) if self._transposed else out
+            row: Array = values[0]
+            return row
+        return values.swapaxes(-1, -2) if self._transposed else values
 
     def prepare(self) -> QArray:
         """Return the array in the arrangement that compiled kernels like best.
 
         The codes are held *instead of* the canonical ones (`nbytes` tells the truth); every
         operation still works, and `codes` restores the canonical bytes exactly. An array whose
-        rows suit the kernels better comes back as it is.
+        rows suit the kernels better comes back as it is, and so does one on a GPU, whose kernels
+        read rows.
         """
+        if not self._place.prepares:
+            return self
         if isinstance(self._parts, Packed) and Words16.suits(self._parts):
             return self._with(Words16.of(self._parts))
         return self
@@ -367,12 +382,31 @@ class QArray(Refusals):
         return pickling.reduce(self)
 
     def to_device(self, device: str, /, *, stream: Any = None) -> QArray:
-        """Return the array on a device: "cpu" is the only one of this build."""
-        if device != "cpu":
-            raise ValueError(f"to_device: this build knows 'cpu', got {device!r}")
-        if stream is not None:
-            raise ValueError(f"to_device: 'cpu' has no streams, got stream={stream!r}")
-        return self
+        """Return the array on a device, as the array API has it.
+
+        Parameters
+        ----------
+        device : str
+            "cpu", "cuda" (the current GPU) or "cuda:1".
+        stream : optional
+            Stream of CuPy or torch, or its number, that the copy is made on; the current one if
+            left out. A copy to the host waits for it, one to a GPU from pageable memory may.
+
+        Returns
+        -------
+        QArray
+            This one where it is there already. Copies have the canonical arrangement.
+
+        Examples
+        --------
+        >>> import numpy as np, lowbit as lb
+        >>> w = lb.quantize(np.ones((1, 32), np.float32), "int8_row")
+        >>> w.to_device("cpu") is w
+        True
+        """
+        from lowbit import moving
+
+        return moving.to_device(self, device, stream)
 
     # Products
 
@@ -442,16 +476,3 @@ class QArray(Refusals):
         from lowbit import render
 
         return render.rich_table(self)
-
-
-_LEAST = 1 << 12  # numbers; for fewer it does not pay to load a kernel
-
-
-def _dequantize_to(parts: Packed, out: Array) -> None:
-    if out.size >= _LEAST:
-        from lowbit.kernels.cpu import dequantize as compiled
-
-        if compiled.refuse(out.dtype) is None:
-            compiled.dequantize_to(parts, out)
-            return
-    reference.dequantize_to(parts, out)

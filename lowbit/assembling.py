@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit import checks, interop
+from lowbit import checks, device, interop
 from lowbit.array import QArray
 from lowbit.formats import Element, Format, codes, reference, scaling
 from lowbit.formats.reference import Array, Packed
@@ -27,7 +27,30 @@ def assemble(
     divisor: Any,
 ) -> QArray:
     """See `lowbit.from_parts`."""
+    found, origin = interop.read(given_codes, "codes", kept=True)
+    with interop.stream(origin):
+        return _assembled(
+            fmt,
+            found,
+            given_scales,
+            shape,
+            dtype,
+            {"zeros": zeros, "biases": biases, "tensor_scale": tensor_scale},
+            {"columns": columns, "divisor": divisor},
+        )
+
+
+def _assembled(
+    fmt: Format,
+    given_codes: Array,
+    given_scales: Any,
+    shape: tuple[int, ...] | None,
+    dtype: np.dtype[Any],
+    more: dict[str, Any],
+    order: dict[str, Any],
+) -> QArray:
     held, shape = _codes(fmt, given_codes, shape)
+    place = device.of(held)
     vector = len(shape) == 1
     matrix = (1, *shape) if vector else shape
     held = held[None] if vector else held
@@ -38,21 +61,29 @@ def assemble(
         matrix,
         held,
         scales,
-        _blocks(fmt, zeros, grid, "zeros", fmt.zero is not None),
-        _blocks(fmt, biases, grid, "biases", fmt.bias),
-        _tensor_scale(fmt, tensor_scale, matrix[:-2]),
+        _blocks(fmt, more["zeros"], grid, "zeros", fmt.zero is not None),
+        _blocks(fmt, more["biases"], grid, "biases", fmt.bias),
+        _tensor_scale(fmt, more["tensor_scale"], matrix[:-2]),
     )
-    return QArray._of(
-        parts,
-        dtype,
-        vector=vector,
-        columns=_columns(columns, matrix[-1]),
-        divisor=_divisor(divisor, matrix[-1]),
-    )
+    columns = _columns(order["columns"], matrix[-1])
+    divisor = _divisor(order["divisor"], matrix[-1])
+    parted = {
+        "scales": parts.scales,
+        "zeros": parts.zeros,
+        "biases": parts.biases,
+        "tensor_scale": parts.tensor_scale,
+        "columns": columns,
+        "divisor": divisor,
+    }
+    for argument, part in parted.items():
+        if part is not None:
+            device.on(place, part, argument, "codes")
+    return QArray._of(parts, dtype, vector=vector, columns=columns, divisor=divisor)
 
 
-def _codes(fmt: Format, given: Any, shape: tuple[int, ...] | None) -> tuple[Array, tuple[int, ...]]:
-    array, _ = interop.to_numpy(given, "codes", kept=True)
+def _codes(
+    fmt: Format, array: Array, shape: tuple[int, ...] | None
+) -> tuple[Array, tuple[int, ...]]:
     element = fmt.element
     own = np.dtype(element.storage) if element.bits == 8 else np.dtype(np.uint8)
     if array.dtype not in (own, np.dtype(np.uint8)):
@@ -95,7 +126,7 @@ def _scales(fmt: Format, given: Any, grid: tuple[int, ...]) -> Array:
         if array.dtype not in (np.dtype(np.uint8), np.dtype(kind.storage)):
             raise TypeError(f"scales: {fmt.name} wants {kind.storage}, got {array.dtype.name}")
         array = array.view(np.uint8)
-        checks.finite_array(codes.decode(kind, array), "scales")
+        checks.finite_array(codes.decode(kind, device.of(array).get(array)), "scales")
         return array
     if array.dtype != scaling.float_dtype(kind):
         raise TypeError(f"scales: {fmt.name} wants {kind}, got {array.dtype.name}")
@@ -104,7 +135,7 @@ def _scales(fmt: Format, given: Any, grid: tuple[int, ...]) -> Array:
 
 
 def _shaped(given: Any, grid: tuple[int, ...], argument: str, fmt: Format) -> Array:
-    array, _ = interop.to_numpy(given, argument, kept=True)
+    array, _ = interop.read(given, argument, kept=True)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.shape != grid:
@@ -151,7 +182,7 @@ def _tensor_scale(fmt: Format, given: Any, lead: tuple[int, ...]) -> Array | Non
         return None
     if given is None:
         raise ValueError(f"tensor_scale: {fmt.name} needs it, one float32 for each matrix")
-    array, _ = interop.to_numpy(given, "tensor_scale", kept=True)
+    array, _ = interop.read(given, "tensor_scale", kept=True)
     checks.floating(array, "tensor_scale")
     with np.errstate(over="ignore"):  # what becomes infinite is refused below
         array = array.astype(np.float32, copy=False)
@@ -166,11 +197,11 @@ def _tensor_scale(fmt: Format, given: Any, lead: tuple[int, ...]) -> Array | Non
 def _columns(given: Any, length: int) -> Array | None:
     if given is None:
         return None
-    array, _ = interop.to_numpy(given, "columns", kept=True)
+    array, _ = interop.read(given, "columns", kept=True)
     if array.dtype.kind not in "iu" or array.shape != (length,):
         raise ValueError(f"columns: want {length} integers, got {array.dtype.name} {array.shape}")
     array = array.astype(np.intp)
-    if not np.array_equal(np.sort(array), np.arange(length)):
+    if not np.array_equal(np.sort(device.of(array).get(array)), np.arange(length)):
         raise ValueError(f"columns: not a permutation of 0..{length - 1}")
     return array
 
@@ -178,7 +209,7 @@ def _columns(given: Any, length: int) -> Array | None:
 def _divisor(given: Any, length: int) -> Array | None:
     if given is None:
         return None
-    array, _ = interop.to_numpy(given, "divisor", kept=True)
+    array, _ = interop.read(given, "divisor", kept=True)
     checks.floating(array, "divisor")
     if array.shape != (length,):
         raise ValueError(f"divisor: want shape ({length},), got {array.shape}")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import interop, kernels
+from lowbit import cuda_interop, interop, kernels
+from lowbit import device as places
 from lowbit.array import QArray
 from lowbit.dispatch import (
     Operand,
@@ -52,6 +53,7 @@ class Product:
     """
 
     __slots__ = ("_bytes", "dtype", "execute", "inside", "kept", "shape", "stated")
+    place: places.Place = places.HOST
 
     def __init__(self, stated: Stated, execute: Execute, inside: bool = False) -> None:
         self.stated, self.execute = stated, execute
@@ -76,24 +78,74 @@ class Product:
         else:
             target[...] = self(x, after)
 
+    def answer(self, x: Any, after: Epilogue, origin: interop.Origin) -> Any:
+        """The result in the framework of an operand."""
+        return interop.from_numpy(self(x, after), origin)
+
+
+class DeviceProduct(Product):
+    """A product on a GPU: nothing in it waits, so that a graph of CUDA may capture it."""
+
+    __slots__ = ("place",)
+    place: places.Gpu
+
+    def __init__(
+        self, stated: Stated, execute: Execute, place: places.Gpu, inside: bool = False
+    ) -> None:
+        super().__init__(stated, execute, inside)
+        self.place = place
+
+    def __call__(self, x: Any, after: Epilogue) -> Array:  # noqa: D102  (said above)
+        cupy, number = self.place.xp, self.place.number
+        if cupy.cuda.runtime.getDevice() != number:
+            with cupy.cuda.Device(number):
+                return self(x, after)
+        if type(x) is places.gpu_array and x.data.device_id != number:
+            places.on(self.place, x, "x")
+        out: Array = cupy.empty(self.shape, self.dtype)
+        self.execute(x, after, out)
+        return out if self.kept is self.shape else out.reshape(self.kept)
+
+    def into(self, target: Array, x: Any, after: Epilogue) -> None:  # noqa: D102
+        with self.place.current():
+            super().into(target, x, after)
+
+    def answer(self, x: Any, after: Epilogue, origin: interop.Origin) -> Any:  # noqa: D102
+        if origin.framework != "torch":
+            return super().answer(x, after, origin)
+        result, target = cuda_interop.torch_result(self.kept, self.dtype, origin.device)
+        with self.place.current():
+            self.execute(x, after, target.reshape(self.shape))
+        return result
+
 
 def apart(target: Array, x: Any, after: Epilogue) -> bool:
     """Whether a kernel can write there: rows without gaps, and no operand's memory."""
-    flags = target.flags
-    if not (flags.c_contiguous and flags.aligned and target.dtype.isnative):
+    flags, here = target.flags, isinstance(target, np.ndarray)
+    if not (flags.c_contiguous and target.dtype.isnative and (not here or flags.aligned)):
         return False
+    share = np.may_share_memory if here else places.of(target).xp.may_share_memory
     for each in (x, after.bias, after.residual):
-        if isinstance(each, np.ndarray) and np.may_share_memory(target, each):
+        if each is not None and not isinstance(each, QArray) and share(target, each):
             return False
     return True
 
 
 def key_of(
-    shape: tuple[int, ...], kind: Any, w: QArray, options: Options, turned: bool = False
+    shape: tuple[int, ...],
+    kind: Any,
+    w: QArray,
+    options: Options,
+    turned: bool = False,
+    mark: Any = None,
 ) -> tuple[Any, ...]:
-    """What a weight remembers a bound product by; `kind` is the dtype of a dense x."""
-    threads = pool.get_num_threads()
-    return shape, kind, w._transposed, w._vector, options, turned, threads
+    """What a weight remembers a bound product by; `kind` is the dtype of a dense x.
+
+    `mark` is that of the place that x is in; None is the host.
+    """
+    if mark is None:
+        mark = pool.get_num_threads()
+    return shape, kind, w._transposed, w._vector, options, turned, mark
 
 
 def find(left: Operand, right: Operand, options: Options, most: int = _MOST_PRODUCTS) -> Product:
@@ -109,7 +161,7 @@ def find(left: Operand, right: Operand, options: Options, most: int = _MOST_PROD
     kind: Any = x.dtype
     if isinstance(x, QArray):
         kind = x.format, kind, x._transposed, x._vector, rearranged(x)
-    key = key_of(x.shape, kind, w, options, turned)
+    key = key_of(x.shape, kind, w, options, turned, w._place.mark())
     plans = w._content.plans
     found: Product | None = plans.get(key)
     if found is None:
@@ -129,10 +181,17 @@ def make(left: Operand, right: Operand, options: Options, x_scale: Any = None) -
     stated = state(left, right, options)
     if not isinstance(right, QArray):
         assert isinstance(left, QArray)
-        return Product(stated, _weight_left(stated, left, options))
+        return _product(stated, _weight_left(stated, left, options), left)
     execute, inside = _weight_right(stated, left, right, options, x_scale)
     if stated.adapted:
         execute = _after_adapting(execute, right._columns, right._divisor)
+    return _product(stated, execute, right, inside)
+
+
+def _product(stated: Stated, execute: Execute, w: QArray, inside: bool = False) -> Product:
+    place = w._place
+    if isinstance(place, places.Gpu):
+        return DeviceProduct(stated, execute, place, inside)
     return Product(stated, execute, inside)
 
 
@@ -154,7 +213,7 @@ def _weight_right(
         return exact or _matrices(stated, parts, _runs(stated.problem, options.kernel), dense)
 
     if fmt is None:
-        return with_values(isinstance(left, np.ndarray)), False
+        return with_values(not isinstance(left, QArray)), False
 
     def quantizing() -> Execute:
         inner = with_values(dense=False)
@@ -191,7 +250,9 @@ def _dense(run: Execute) -> Execute:
     """What fused kernels are promised: rows without gaps, aligned, in native byte order."""
 
     def execute(x: Array, after: Epilogue, out: Array) -> object:
-        if not (x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative):
+        if not isinstance(x, np.ndarray):
+            x = places.of(x).xp.ascontiguousarray(x)
+        elif not (x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative):
             x = np.array(x, x.dtype.newbyteorder("="), order="C")
         return run(x, after, out)
 
@@ -202,10 +263,45 @@ def _runs(problem: Problem, kernel: str | None) -> Callable[[Parts], Execute]:
     """From one matrix's parts to a run of the chosen kernel."""
     bind = kernels.prepared(problem, kernel)
 
-    def bound(parts: Parts) -> Execute:
-        return _steadied(_bound(bind, parts, problem), problem)
+    if problem.device.startswith("cpu"):
+        return lambda parts: _steadied(_bound(bind, parts, problem), problem)
+    if kernels.choose(problem, kernel).kernel.device == "any":
+        return lambda parts: _through_host(lambda: bind(places.changed(_gathered(parts), _host)))
+    return lambda parts: _steadied(_near(_bound(bind, parts, problem)), problem)
 
-    return bound
+
+def _host(array: Array) -> Array:
+    return places.of(array).get(array)
+
+
+def _through_host(bound: Callable[[], Execute]) -> Execute:
+    """Run on copies of GPU operands on the host, and copy the result back; waits for the GPU."""
+
+    def execute(x: Any, after: Epilogue, out: Array) -> object:
+        if isinstance(x, QArray):
+            x = x.to_device("cpu")
+        else:
+            x = places.changed(x, _host) if isinstance(x, Packed) else _host(x)
+        bias, residual = (None if p is None else _host(p) for p in (after.bias, after.residual))
+        result: Array = np.empty(out.shape, out.dtype)
+        bound()(x, Epilogue(after.alpha, bias, after.activation, residual), result)
+        out[...] = places.of(out).put(result)
+        return None
+
+    return execute
+
+
+def _near(run: Execute) -> Execute:
+    """The run with an x as kernels of a GPU read it: rows without gaps."""
+
+    def execute(x: Any, after: Epilogue, out: Array) -> object:
+        if isinstance(x, Packed):
+            x = x if _readable(x, "rows") else _gathered(x)
+        elif not x.flags.c_contiguous:
+            x = places.of(x).xp.ascontiguousarray(x)
+        return run(x, after, out)
+
+    return execute
 
 
 def _bound(bind: Callable[[Parts], Execute], parts: Parts, problem: Problem) -> Execute:
@@ -231,8 +327,9 @@ def _readable(parts: Parts, layout: str) -> bool:
 def _gathered(parts: Parts) -> Packed:
     if isinstance(parts, Words16):
         return parts.rows()
+    xp = places.of(parts.codes).xp
     codes, scales, zeros, biases = (
-        p if p is None else np.ascontiguousarray(p)
+        p if p is None else xp.ascontiguousarray(p)
         for p in (parts.codes, parts.scales, parts.zeros, parts.biases)
     )
     assert codes is not None
@@ -250,10 +347,11 @@ def _steadied(run: Execute, problem: Problem) -> Execute:
         assert residual is not None
         if not (
             residual.dtype.isnative
-            and residual.flags.aligned
+            and (not isinstance(residual, np.ndarray) or residual.flags.aligned)
             and residual.strides[-1] == residual.itemsize
         ):
-            residual = np.ascontiguousarray(residual, residual.dtype.newbyteorder("="))
+            xp = places.of(residual).xp
+            residual = xp.ascontiguousarray(residual, residual.dtype.newbyteorder("="))
             after = Epilogue(after.alpha, after.bias, after.activation, residual)
         return run(x, after, out)
 
@@ -341,20 +439,27 @@ def _weight_left(stated: Stated, w: QArray, options: Options) -> Execute:
         return _exact(w, options.kernel, turned=True)
     problem = stated.problem
     runs = _of_every_matrix(stated.shape[:-2], w._parts, _runs(problem, options.kernel))
-    wide = np.dtype(problem.out)
+    wide, place = np.dtype(problem.out), w._place
 
     def execute(x: Array, after: Epilogue, out: Array) -> None:
         turned = x.swapaxes(-1, -2) if x.ndim > 1 else x[None]
         for index, run in runs:
-            product = interop.empty((problem.m, problem.n), wide)
+            here, one = place is places.HOST, _at(after, index)
+            empty = interop.empty if here else place.xp.empty
+            product = empty((problem.m, problem.n), wide)
             run(matrix_of(turned, index), BARE, product)
-            one = _at(after, index)
             if one.alpha == 1 and one.bias is None and not one.activation and one.residual is None:
                 out[index] = rounded(product.T, out.dtype)
+            elif here:
+                _finished(product.T, one, out[index])
             else:
-                out[index] = rounded(finish(product.T.astype(np.float64), one), out.dtype)
+                _through_host(lambda: _finished)(product.T, one, out[index])
 
     return execute
+
+
+def _finished(product: Array, after: Epilogue, out: Array) -> None:
+    out[...] = rounded(finish(product.astype(np.float64), after), out.dtype)
 
 
 def _exact(w: QArray, kernel: str | None, *, turned: bool) -> Execute:
@@ -364,6 +469,8 @@ def _exact(w: QArray, kernel: str | None, *, turned: bool) -> Execute:
     # Another view: one of the content that remembers this function would keep itself alive.
     held = w._with()
     held = held._view(transposed=not turned) if held._vector else held
+    if w._place is not places.HOST:
+        return _through_host(lambda: _exact(held.to_device("cpu"), kernel, turned=turned))
 
     def execute(x: Any, after: Epilogue, out: Array) -> None:
         if isinstance(x, QArray):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import formats
+from lowbit import device, formats
 from lowbit.formats import Format
 
 Array = npt.NDArray[Any]
@@ -109,9 +109,10 @@ def finite_scalar(value: Any, argument: str) -> float:
 def finite_array(x: Array, argument: str) -> None:
     """Refuse NaN and infinities with their count and the first place."""
     wide = x.astype(np.float32) if x.dtype.kind == "V" or x.dtype == BFLOAT16 else x
-    bad = ~np.isfinite(wide)
+    xp = device.of(x).xp
+    bad = ~xp.isfinite(wide)
     if bad.any():
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        first = tuple(int(i) for i in xp.argwhere(bad)[0])
         raise ValueError(
             f"{argument}: {int(bad.sum())} entries are NaN or infinite, first at {first}"
         )

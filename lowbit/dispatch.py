@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lowbit import device as places
 from lowbit import kernels
 from lowbit.array import QArray
 from lowbit.formats import Format
 from lowbit.kernels import Problem, Verdict
-from lowbit.kernels.cpu import isa, pool
 from lowbit.kernels.words16 import Words16
 
 Array = npt.NDArray[Any]
@@ -43,7 +43,7 @@ EACH = "every matrix of the stack by itself"
 @cache
 def device() -> str:
     """Backend and instruction set of this machine."""
-    return f"cpu:{isa.host().name}"
+    return places.host_problem()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +153,7 @@ def _problem(
     x_along: bool = True,
 ) -> Problem:
     rows, columns = w._parts.shape[-2:]
+    place = places.of(w._parts.codes)
     residual = None
     if options.residual is not None:
         residual = residual_dtype(options.residual, out).name
@@ -170,8 +171,8 @@ def _problem(
         w_along=w_along,
         layout=w.layout if w_along and Words16.meets(w.format, kind, k) else "rows",
         batch_invariant=options.batch_invariant,
-        device=device(),
-        threads=pool.get_num_threads(),
+        device=place.problem(w._parts.codes) if isinstance(place, places.Gpu) else device(),
+        threads=place.threads(),
     )
 
 

@@ -92,8 +92,8 @@ def _tensor(capsule: Any) -> _Tensor:
     raise BufferError(f"__dlpack__ gave {capsule!r}, not a capsule that nobody has consumed yet")
 
 
-class _Relabelled:
-    """Stands between a producer and NumPy, and turns the dtypes NumPy refuses into integers."""
+class Relabelled:
+    """Stands between a producer and NumPy or CuPy, and makes integers of dtypes they refuse."""
 
     __slots__ = ("label", "producer")
 
@@ -105,11 +105,14 @@ class _Relabelled:
         device_type, device_id = self.producer.__dlpack_device__()
         return int(device_type), int(device_id)
 
-    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: Any) -> Any:
+    def __dlpack__(
+        self, *, stream: Any = None, max_version: tuple[int, int] | None = None, **_: Any
+    ) -> Any:
+        order = {} if stream is None else {"stream": stream}
         try:
-            capsule = self.producer.__dlpack__(max_version=max_version)
+            capsule = self.producer.__dlpack__(max_version=max_version, **order)
         except TypeError:  # a producer older than DLPack 1.0
-            capsule = self.producer.__dlpack__()
+            capsule = self.producer.__dlpack__(**order)
         tensor = _tensor(capsule)
         self.label = label = (tensor.code, tensor.bits, tensor.lanes)
         if label in _DTYPES:
@@ -121,6 +124,11 @@ class _Relabelled:
             )
         return capsule
 
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        """What the integers of the last capsule have to be viewed as, if anything."""
+        return None if self.label == _FLOAT4_PAIRS else _DTYPES.get(self.label)
+
 
 def from_dlpack(x: Any) -> NDArray[Any]:
     """View any object with `__dlpack__` in host memory, float8 and bfloat16 included.
@@ -128,7 +136,7 @@ def from_dlpack(x: Any) -> NDArray[Any]:
     Packed pairs of float4 are the exception: they come back as a copy, one value per element,
     with the last axis twice as long.
     """
-    producer = _Relabelled(x)
+    producer = Relabelled(x)
     device_type, device_id = producer.__dlpack_device__()
     if device_type not in _HOST:
         name = _DEVICES.get(device_type, f"DLPack device {device_type}")
@@ -136,7 +144,7 @@ def from_dlpack(x: Any) -> NDArray[Any]:
     array: NDArray[Any] = np.from_dlpack(producer)
     if producer.label == _FLOAT4_PAIRS:
         return unpack_float4(array)
-    dtype = _DTYPES.get(producer.label)
+    dtype = producer.dtype
     return array if dtype is None else array.view(dtype)
 
 
@@ -152,14 +160,16 @@ def unpack_float4(pairs: NDArray[np.uint8]) -> NDArray[Any]:
 class Exported:
     """An array that torch.from_dlpack and jax.dlpack.from_dlpack take, bfloat16 and float8 too.
 
-    It shares the array's memory and follows NumPy's rules: a read-only array goes only to
-    consumers that ask for DLPack 1.0, and only host memory is given.
+    It shares the memory and follows the rules of the array's library: a read-only array of NumPy
+    goes only to consumers that ask for DLPack 1.0, and memory is given where it is, on the host
+    or, of a CuPy array, on its GPU.
     """
 
-    __slots__ = ("_carrier", "_label")
+    __slots__ = ("_carrier", "_device", "_label")
 
     def __init__(self, array: NDArray[Any]) -> None:
         dtype = array.dtype
+        self._device = (1, 0) if isinstance(array, np.ndarray) else _place(array)
         if not dtype.isnative:
             raise BufferError(f"DLPack has native byte order only, not {dtype.str}; use .astype()")
         if min(array.strides, default=0) < 0:
@@ -175,8 +185,8 @@ class Exported:
         self._carrier: Any = array if label is None else array.view(_CARRIERS[dtype.itemsize])
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Return the host's (1, 0)."""
-        return (1, 0)
+        """Return DLPack's kind and number of the device: the host's are (1, 0)."""
+        return self._device
 
     def __dlpack__(
         self,
@@ -187,9 +197,10 @@ class Exported:
         copy: bool | None = None,
     ) -> Any:
         """Return a capsule; the keywords are those of the array API."""
-        if dl_device is not None and tuple(map(int, dl_device)) != (1, 0):
-            raise BufferError(f"the memory is on cpu:0, not on DLPack device {tuple(dl_device)}")
-        if _VERSIONED:
+        if dl_device is not None and tuple(map(int, dl_device)) != self._device:
+            name = f"{_DEVICES[self._device[0]]}:{self._device[1]}"
+            raise BufferError(f"the memory is on {name}, not on DLPack device {tuple(dl_device)}")
+        if _VERSIONED or not isinstance(self._carrier, np.ndarray):
             capsule = self._carrier.__dlpack__(stream=stream, max_version=max_version, copy=copy)
         else:
             carrier = self._carrier.copy() if copy else self._carrier
@@ -198,3 +209,8 @@ class Exported:
             tensor = _tensor(capsule)
             tensor.code, tensor.bits, tensor.lanes = self._label
         return capsule
+
+
+def _place(array: Any) -> tuple[int, int]:
+    kind, number = array.__dlpack_device__()
+    return int(kind), int(number)

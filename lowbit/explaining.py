@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lowbit import device
 from lowbit.formats import Format
 from lowbit.kernels import Kernel, Problem, Verdict, judge, pick
-from lowbit.kernels.cpu import machine
 
 if TYPE_CHECKING:
     from lowbit.dispatch import Stated
@@ -45,7 +45,7 @@ class Explanation:
     def floors(self) -> tuple[float, float]:
         """Seconds that the bytes and the operations take at the machine's rates."""
         p = self.problem
-        rates = machine.estimate(p.device, p.threads)
+        rates = device.limits(p.device, p.threads)
         if isinstance(p.x, Format) and p.x.element.integral and p.w.element.integral:
             operations = rates.integer_operations
         elif isinstance(p.x, Format) or p.x == "bfloat16":
@@ -58,7 +58,7 @@ class Explanation:
     def rates(self) -> str:
         """The word "measured" if `lowbit bench --tune` was here, else "estimated"."""
         p = self.problem
-        return machine.known(p.device, p.threads).word
+        return device.limits(p.device, p.threads).word
 
     def source(self, kernel: Kernel) -> str:
         """Where a kernel's seconds come from: "measured" or "estimated" rates."""
@@ -89,6 +89,8 @@ class Explanation:
             lines.append(f"{mark} {v.kernel.name:<16} {said}")
         if self.kernel == "reference":
             lines.append("the reference kernel is slow: it widens every value to float64")
+            if not p.device.startswith("cpu"):
+                lines.append("and runs on the host: operands are copied there, the result back")
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)

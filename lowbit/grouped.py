@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import binding, checks, interop, products
+from lowbit import binding, checks, cuda_interop, interop, products
+from lowbit import device as places
 from lowbit.array import QArray
 from lowbit.dispatch import Options, flattens, promoted, rearranged, residual_dtype
 from lowbit.kernels import Epilogue
@@ -44,7 +45,7 @@ def grouped_matmul(
     offsets : array_like of int, (E,) or (E + 1,)
         Where each group ends: group e has the rows from ``offsets[e - 1]``, or 0, up to
         ``offsets[e]``, as ``offs`` of torch's grouped products; the last one ends at T. A leading
-        0 may stand before them. Groups may be empty.
+        0 may stand before them. Groups may be empty. Offsets on a GPU are read back, which waits.
     alpha : float
     bias : array_like of shape (E, N), optional
     activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
@@ -105,16 +106,26 @@ def grouped_matmul(
     )
     dtype = options.out_dtype or promoted(left.dtype, w.dtype)
     options = options._replace(out_dtype=dtype)
-    after = _epilogue(checks.finite_scalar(alpha, "alpha"), added, activation, rest, dtype, rows, w)
-    if target is not None and binding.apart(target, left, after):
-        result = target
-    else:
-        result = interop.empty((rows, n), dtype)
-    _groups(left, w, ends, after, options, result)
-    if target is None:
-        return interop.from_numpy(result, origin)
-    if result is not target:
-        target[...] = result
+    for argument, array in (("bias", added), ("residual", rest), ("out", target)):
+        if array is not None:
+            places.on(w._place, array, argument)
+    with interop.stream(origin), w._place.current():
+        after = _epilogue(
+            checks.finite_scalar(alpha, "alpha"), added, activation, rest, dtype, rows, w
+        )
+        answer = None
+        if target is not None and binding.apart(target, left, after):
+            result = target
+        elif target is None and origin.framework == "torch" and origin.device != "cpu":
+            answer, result = cuda_interop.torch_result((rows, n), dtype, origin.device)
+        else:
+            empty = interop.empty if w._place is places.HOST else w._place.xp.empty
+            result = empty((rows, n), dtype)
+        _groups(left, w, ends, after, options, result)
+        if target is None:
+            return interop.from_numpy(result, origin) if answer is None else answer
+        if result is not target:
+            target[...] = result
     interop.written(out)
     return out
 
@@ -156,10 +167,12 @@ def _epilogue(
     if bias is not None:
         if bias.shape != (experts, n):
             raise ValueError(f"bias: want shape {(experts, n)}, got {bias.shape}")
-        bias = np.ascontiguousarray(bias, np.float64 if dtype == np.float64 else np.float32)
+        bias = w._place.xp.ascontiguousarray(
+            bias, np.float64 if dtype == np.float64 else np.float32
+        )
     if residual is not None:
         try:
-            residual = np.broadcast_to(residual, (rows, n))
+            residual = w._place.xp.broadcast_to(residual, (rows, n))
         except ValueError:
             raise ValueError(
                 f"residual: {residual.shape} does not broadcast to the result, {(rows, n)}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowbit import device, interop
 from lowbit.formats import Format, Scale
 from lowbit.formats.reference import Array, Packed
 
@@ -60,7 +61,7 @@ def _entry(entry: Any) -> Entry | EllipsisType:
             return operator.index(entry)
         except TypeError:
             pass
-    array: Array = np.asarray(entry)
+    array: Array = interop.to_numpy(entry, "index")[0] if _elsewhere(entry) else np.asarray(entry)
     if isinstance(entry, (list, tuple)) and not array.size:
         array = array.astype(np.intp)  # [] is float64 to NumPy
     if array.dtype.kind not in "biu" or (array.dtype == np.bool_ and not array.ndim):
@@ -69,6 +70,11 @@ def _entry(entry: Any) -> Entry | EllipsisType:
             f"{type(entry).__name__} of {array.dtype}"
         )
     return array if array.ndim else int(array)
+
+
+def _elsewhere(entry: Any) -> bool:
+    """Whether an index is on a GPU: where rows go is decided on the host, which waits for it."""
+    return device.is_gpu_array(entry) or bool(getattr(entry, "is_cuda", False))
 
 
 def _width(entry: Entry) -> int:
@@ -207,8 +213,10 @@ def _fancy(w: QArray, entries: list[Entry], contraction: int) -> QArray:
             "this index would put the contraction axis among the leading ones; index the rows "
             "first, or .dequantize()[...]"
         )
-    rows = picked.squeeze(place)
-    at = np.unravel_index(rows, lengths) if rows.size else (rows,) * len(lengths)
+    rows, here = picked.squeeze(place), w._place
+    at: Any = np.unravel_index(rows, lengths) if rows.size else (rows,) * len(lengths)
+    if not here.prepares:
+        at = tuple(here.put(a) for a in at)
     second = parts.tensor_scale
     cut = Packed(
         parts.format,
@@ -219,7 +227,7 @@ def _fancy(w: QArray, entries: list[Entry], contraction: int) -> QArray:
         None if parts.biases is None else parts.biases[at],
         None
         if second is None
-        else _one_a_matrix(parts.format, np.broadcast_to(second[at[:-1]], rows.shape)),
+        else _one_a_matrix(parts.format, here.xp.broadcast_to(second[at[:-1]], rows.shape)),
     )
     return w._with(cut, transposed=place == picked.ndim - 2)
 
@@ -231,9 +239,9 @@ def _one_a_matrix(fmt: Format, second: Array) -> Array:
             f"rows of several {fmt.name} matrices have different tensor scales and cannot form "
             "one matrix; index the leading axes alone, or take i:i+1 instead of i"
         )
-    return np.asarray(
-        second[..., 0] if second.shape[-1] else np.ones(second.shape[:-1], np.float32)
-    )
+    xp = device.of(second).xp
+    one: Array = second[..., 0] if second.shape[-1] else xp.ones(second.shape[:-1], np.float32)
+    return one
 
 
 def per_row(parts: Packed) -> Packed:

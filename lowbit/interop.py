@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from lowbit import cuda_interop
+from lowbit import device as places
 from lowbit.dlpack import from_dlpack, unpack_float4
 
 ALIGNMENT = 64
@@ -31,6 +34,7 @@ class Origin:
 
 
 NUMPY = Origin("numpy")
+CUPY = Origin("cupy", "cuda")
 _TORCH = Origin("torch")
 
 _NUMBERS = {np.dtype(code).type for code in "bBhHiIlLqQefd"} | {
@@ -61,12 +65,12 @@ _REMEDIES = {
 }
 
 
-def to_numpy(x: Any, argument: str, *, kept: bool = False) -> tuple[NDArray[Any], Origin]:
-    """View `x` as a NumPy array of real numbers and say where the result belongs.
+def read(x: Any, argument: str, *, kept: bool = False) -> tuple[NDArray[Any], Origin]:
+    """View `x` as an array of real numbers and say where the result belongs.
 
-    Memory is shared wherever NumPy can address it. A kind of array that is not NumPy's, torch's
-    or JAX's is read through DLPack or `__array__`, and its results are NumPy arrays. `kept` says
-    that the view outlives the call.
+    An array of NumPy, or of CuPy where the memory is a GPU's. Memory is shared wherever these can
+    address it. A kind of array that is not NumPy's, CuPy's, torch's or JAX's is read through
+    DLPack or `__array__`. `kept` says that the view outlives the call.
     """
     if type(x) is np.ndarray:
         if x.dtype.type in _NUMBERS:
@@ -74,15 +78,31 @@ def to_numpy(x: Any, argument: str, *, kept: bool = False) -> tuple[NDArray[Any]
         _refuse_dtype(x.dtype, argument)
     torch: Any = sys.modules.get("torch")
     if isinstance(x, getattr(torch, "Tensor", ())):
-        return _from_torch(x, argument, torch, kept), _TORCH
+        tensor: Any = x
+        array = _from_torch(tensor, argument, torch, kept)
+        return array, _torch_origin(str(tensor.device)) if tensor.is_cuda else _TORCH
     jax: Any = sys.modules.get("jax")
+    origin = NUMPY
     if isinstance(x, getattr(jax, "Array", ())):
         array, origin = _from_jax(x, argument, jax)
+    elif places.is_gpu_array(x):
+        array, origin = x, CUPY
+    elif cuda_interop.on_gpu(x):
+        array, origin = (
+            _convert(lambda x: cuda_interop.from_capsule(x, argument), x, argument),
+            CUPY,
+        )
     else:
-        array, origin = _from_any(x, argument), NUMPY
+        array = _from_any(x, argument)
     if array.dtype.type not in _NUMBERS:
         _refuse_dtype(array.dtype, argument)
     return array, origin
+
+
+def to_numpy(x: Any, argument: str, *, kept: bool = False) -> tuple[NDArray[Any], Origin]:
+    """View `x` as `read` does, on the host: what is on a GPU is copied, which waits for it."""
+    array, origin = read(x, argument, kept=kept)
+    return array if isinstance(array, np.ndarray) else places.of(array).get(array), origin
 
 
 def from_numpy(array: NDArray[Any], origin: Origin) -> Any:
@@ -90,13 +110,23 @@ def from_numpy(array: NDArray[Any], origin: Origin) -> Any:
 
     torch knows neither read-only nor unaligned memory, foreign byte order nor negative strides,
     so it gets a copy of such an array. JAX arrays are committed to their device; JAX itself copies
-    what is not C-contiguous or does not begin on a multiple of 64 bytes.
+    what is not C-contiguous or does not begin on a multiple of 64 bytes. An array on a GPU stays
+    there.
     """
-    if origin.framework == "numpy":
+    if origin.framework in ("numpy", "cupy"):
         return array
     if origin.framework == "torch":
         return _to_torch(array)
+    if not isinstance(array, np.ndarray):
+        return cuda_interop.to_jax(array)
     return _to_jax(array, origin.device)
+
+
+def stream(origin: Origin) -> AbstractContextManager[None]:
+    """Where to launch what belongs to an operand: on torch's current stream, if it is torch's."""
+    if origin.framework == "torch" and origin.device != "cpu":
+        return cuda_interop.torch_stream(origin.device)
+    return nullcontext()
 
 
 def written(x: Any) -> None:
@@ -179,8 +209,10 @@ def _from_torch(x: Any, argument: str, torch: Any, kept: bool) -> NDArray[Any]:
         _refuse_torch_dtype(x, argument, torch)
     if x.is_nested or x.layout is not torch.strided:
         _refuse_torch_layout(x, argument)
-    if not x.is_cpu:
+    if not (x.is_cpu or (x.is_cuda and not torch.version.hip)):
         _refuse_torch_device(x, argument)
+    if x.is_cuda:
+        places.gpu(x.device.index, f"{argument}: the tensor is on {x.device}")
     if not _has_memory(x):
         _refuse_tracing("a tensor transformed by torch.func has no memory of its own", argument)
     if _is_tracing(torch):
@@ -205,6 +237,9 @@ def _from_torch(x: Any, argument: str, torch: Any, kept: bool) -> NDArray[Any]:
     carrier, dtype = known
     if carrier is not None:
         x = x.view(carrier)
+    if x.is_cuda:
+        wide = np.dtype(str(x.dtype).removeprefix("torch.") if dtype is None else dtype)
+        return cuda_interop.torch_view(x, wide)
     # x.numpy() forbids for good to resize the caller's storage. FSDP has to do that to operands,
     # but under the parts of an array it would free memory that the array still reads.
     array: NDArray[Any] = x.numpy() if kept else np.from_dlpack(x)
@@ -309,6 +344,9 @@ def _from_jax(x: Any, argument: str, jax: Any) -> tuple[NDArray[Any], Origin]:
     except RuntimeError as error:
         raise ValueError(f"{argument}: the JAX array was deleted or donated") from error
     device = next(iter(devices))
+    if len(devices) == 1 and device.platform == "gpu" and cuda_interop.on_gpu(x):
+        array = _convert(lambda x: cuda_interop.from_capsule(x, argument), x, argument)
+        return array, _jax_origin(str(device))
     if len(devices) > 1 or device.platform != "cpu":
         raise BufferError(
             f"{argument}: the JAX array is on {', '.join(sorted(map(str, devices)))}, lowbit's CPU "
@@ -316,6 +354,11 @@ def _from_jax(x: Any, argument: str, jax: Any) -> tuple[NDArray[Any], Origin]:
         )
     # Waits for the values, and shares the memory (packed 4-bit and smaller integers aside).
     return _convert(np.asarray, x, argument), _jax_origin(str(device))
+
+
+@functools.cache
+def _torch_origin(device: str) -> Origin:
+    return Origin("torch", device)
 
 
 @functools.cache

@@ -31,12 +31,14 @@ class Call:
     options: dict[str, Any]
 
     def __call__(self, *operands: Any) -> Any:
-        """Run it on host memory."""
-        x, *rest = (np.asarray(o) for o in operands)
+        """Run it on host memory, and with a weight on a GPU there, by copies."""
+        place = self.weight._place
+        x, *rest = (place.put(np.asarray(o)) for o in operands)
         bias = rest.pop(0) if self.bias else None
         residual = rest.pop(0) if self.residual else None
         first, second = (self.weight, x) if self.left else (x, self.weight)
-        return products.matmul(first, second, bias=bias, residual=residual, **self.options)
+        result = products.matmul(first, second, bias=bias, residual=residual, **self.options)
+        return place.get(result)
 
     def shape(self, x: Any) -> Any:
         """Shape and dtype of the result."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit import binding, checks, interop, products
+from lowbit import device as places
 from lowbit.array import QArray
 from lowbit.dispatch import rearranged
 from lowbit.explaining import Explanation, explained
@@ -38,6 +39,7 @@ class Plan:
     __slots__ = (
         "_after",
         "_dtype",
+        "_kind",
         "_out",
         "_product",
         "_shape",
@@ -61,9 +63,11 @@ class Plan:
         # None is no array's shape: where the plan is for a QArray, no dense x compares equal.
         self._shape = None if isinstance(x, QArray) else x.shape
         self._dtype = x.dtype
+        self._kind = np.ndarray if product.place is places.HOST else places.gpu_array
         self._out, self._target = out, None
         if out is not None:
             self._target = products.writable(out, kept=True)
+            places.on(product.place, self._target, "out")
             products.fits(self._target, product)
         self.kernel = explained(product.stated, kernel).kernel
 
@@ -107,28 +111,31 @@ class Plan:
             In the framework, and on the device, of x.
         """
         given, origin = x, interop.NUMPY
-        if type(x) is np.ndarray and x.shape == self._shape and x.dtype == self._dtype:
+        if type(x) is self._kind and x.shape == self._shape and x.dtype == self._dtype:
             if residual is None and out is None and self._out is None:
                 return self._product(x, self._after)
         else:
             same = False
             if not isinstance(x, QArray):
-                given, origin = interop.to_numpy(x, "x")
+                given, origin = interop.read(x, "x")
                 same = given.shape == self._shape and given.dtype == self._dtype
             if not same and _described(given) != self._taken:
                 self._refuse(given)
+        held = given._parts.codes if isinstance(given, QArray) else given
+        places.on(self._product.place, held, "x")
         after = self._after if residual is None else self._with(residual)
         target = self._target if out is None else self._checked(out)
-        if target is None:
-            return interop.from_numpy(self._product(given, after), origin)
-        self._product.into(target, given, after)
+        with interop.stream(origin):
+            if target is None:
+                return self._product.answer(given, after, origin)
+            self._product.into(target, given, after)
         out = self._out if out is None else out
         interop.written(out)
         return out
 
     def _refuse(self, x: Array | QArray) -> NoReturn:
         remedy = "make another plan for it, or call lowbit.matmul, which takes any"
-        if isinstance(x, np.ndarray) and x.shape == self._shape:
+        if not isinstance(x, QArray) and x.shape == self._shape:
             wanted = self._dtype.name
             raise TypeError(
                 f"plan: x is {x.dtype.name}, the plan is for {wanted}; cast x to {wanted}, "
@@ -137,17 +144,15 @@ class Plan:
         raise ValueError(f"plan: x is {_described(x)}, the plan is for {self._taken}; {remedy}")
 
     def _with(self, residual: Any) -> Epilogue:
-        given, stated, after = (
-            products.numbers(residual, "residual"),
-            self._product.stated,
-            self._after,
-        )
+        given, after = products.numbers(residual, "residual"), self._after
         if after.residual is None:
             raise ValueError(
                 "residual: the plan was made without one; give lowbit.plan a residual= of the "
                 f"dtype that comes, {given.dtype.name}"
             )
-        fresh = products.epilogue(after.alpha, None, given, after.activation, stated).residual
+        fresh = products.epilogue(
+            after.alpha, None, given, after.activation, self._product
+        ).residual
         assert fresh is not None
         if fresh.dtype.name != after.residual.dtype.name:
             raise TypeError(
@@ -158,6 +163,7 @@ class Plan:
 
     def _checked(self, out: Any) -> Array:
         target = products.writable(out)
+        places.on(self._product.place, target, "out")
         products.fits(target, self._product)
         if target.dtype.newbyteorder("=") != self.dtype:
             raise TypeError(
@@ -175,7 +181,7 @@ class Plan:
 
 def _described(operand: Array | QArray) -> str:
     """Everything that a plan depends on, of x or of a weight, in words."""
-    if isinstance(operand, np.ndarray):
+    if not isinstance(operand, QArray):
         return f"{operand.shape} {operand.dtype.name}"
     words = f"{operand.shape} {operand.format.name} for {operand.dtype.name}"
     if operand._transposed and not operand._vector:
@@ -261,5 +267,5 @@ def plan(
     )
     product = binding.make(left, right, options, scale)
     factor = checks.finite_scalar(alpha, "alpha")
-    after = products.epilogue(factor, added, rest, activation, product.stated)
+    after = products.epilogue(factor, added, rest, activation, product)
     return Plan(left, right, product, after, out, kernel)

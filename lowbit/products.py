@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lowbit import checks, interop, tracing
+from lowbit import device as places
 from lowbit.array import QArray
 from lowbit.binding import BARE, Product, find, key_of
 from lowbit.dispatch import (
     PLAIN,
     Options,
-    Stated,
     adapted,
     promoted,
     rearranged,
@@ -72,7 +72,8 @@ def matmul(
     Returns
     -------
     array
-        In the framework, and on the device, of the dense operand; NumPy where both are QArrays.
+        In the framework, and on the device, of the dense operand; of NumPy or CuPy where both are
+        QArrays.
 
     Raises
     ------
@@ -93,8 +94,9 @@ def matmul(
     >>> lb.matmul(np.arange(32, dtype=np.float32)[None], w.T, alpha=2, bias=np.ones(3))
     array([[1., 3., 5.]], dtype=float32)
     """
+    kind = type(x)
     if (
-        type(x) is np.ndarray
+        (kind is np.ndarray or kind is places.gpu_array)
         and type(w) is QArray
         and residual is None
         and x_format is None
@@ -109,13 +111,14 @@ def matmul(
         # but shapes, dtypes and options.
         plain = bias is None and activation is None
         options = PLAIN if plain else Options(activation=activation, bias=bias is not None)
-        product = w._content.plans.get(key_of(x.shape, x.dtype, w, options))
+        mark = None if kind is np.ndarray else -1 - x.data.device_id
+        product = w._content.plans.get(key_of(x.shape, x.dtype, w, options, False, mark))
         if product is not None:
             after = BARE
             if not plain or type(alpha) is not float or alpha != 1:
                 added = None if bias is None else numbers(bias, "bias")
                 factor = checks.finite_scalar(alpha, "alpha")
-                after = epilogue(factor, added, None, activation, product.stated)
+                after = epilogue(factor, added, None, activation, product)
             return product(x, after)
     if tracing.active(x) or tracing.active(w):
         return tracing.matmul(
@@ -145,19 +148,22 @@ def matmul(
         if isinstance(right, QArray) and not isinstance(left, QArray):
             left, right = adapt(left, right)
         assert options.x_format is not None
-        left = quantized(left, options.x_format, x_scale)
+        with interop.stream(origin):
+            left = quantized(left, options.x_format, x_scale)
         if options.out_dtype is None:
             # Dividing x took float32, which is nobody's business outside.
             options = options._replace(out_dtype=promoted(narrow, right.dtype))
         options = options._replace(x_format=None)
-    product = find(left, right, options)
-    factor = checks.finite_scalar(alpha, "alpha")
-    after = epilogue(factor, added, rest, activation, product.stated)
-    varied = left if isinstance(right, QArray) else right
-    if target is None:
-        return interop.from_numpy(product(varied, after), origin)
-    fits(target, product)
-    product.into(target, varied, after)
+    with interop.stream(origin):
+        product = find(left, right, options)
+        factor = checks.finite_scalar(alpha, "alpha")
+        after = epilogue(factor, added, rest, activation, product)
+        varied = left if isinstance(right, QArray) else right
+        if target is None:
+            return product.answer(varied, after, origin)
+        places.on(product.place, target, "out")
+        fits(target, product)
+        product.into(target, varied, after)
     interop.written(out)
     return out
 
@@ -186,7 +192,7 @@ def linear(x: Any, w: Any, **options: Any) -> Any:
     """
     if isinstance(w, QArray):
         return matmul(x, w if w._vector else w.mT, **options)
-    dense = w if hasattr(w, "ndim") else interop.to_numpy(w, "w")[0]
+    dense = w if hasattr(w, "ndim") else interop.read(w, "w")[0]
     return matmul(x, dense.swapaxes(-1, -2) if dense.ndim > 1 else dense, **options)
 
 
@@ -198,7 +204,7 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
         if isinstance(operand, QArray):
             sides.append(operand)
             continue
-        dense, origin = interop.to_numpy(operand, argument)
+        dense, origin = interop.read(operand, argument)
         if dense.dtype.kind in "iu":
             raise TypeError(
                 f"{argument}: plain integers ({dense.dtype.name}) have no scale; quantize "
@@ -210,7 +216,12 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
         sides.append(dense)
     if not any(isinstance(s, QArray) for s in sides):
         raise TypeError("matmul: neither operand is a QArray; quantize one, or use numpy.matmul")
-    return sides[0], sides[1], origin
+    left, right = sides
+    w_side, x_side = (right, left) if isinstance(right, QArray) else (left, right)
+    assert isinstance(w_side, QArray)
+    held = x_side._parts.codes if isinstance(x_side, QArray) else x_side
+    places.on(w_side._place, held, "x")
+    return left, right, origin
 
 
 def options_of(
@@ -255,19 +266,19 @@ def options_of(
 
 def numbers(given: Any, argument: str) -> Array:
     """A bias or a residual: floating-point numbers, or integers."""
-    array, _ = interop.to_numpy(given, argument)
+    array, _ = interop.read(given, argument)
     if array.dtype.kind not in "iu":
         checks.floating(array, argument)
     return array
 
 
 def writable(out: Any, *, kept: bool = False) -> Array:
-    """Where results are to go; `kept` as `interop.to_numpy` has it."""
+    """Where results are to go; `kept` as `interop.read` has it."""
     if not isinstance(out, np.ndarray) and not hasattr(type(out), "__dlpack__"):
         raise TypeError(f"out: want an array to write into, got {type(out).__name__}")
-    array, _ = interop.to_numpy(out, "out", kept=kept)
+    array, _ = interop.read(out, "out", kept=kept)
     checks.floating(array, "out")
-    if not array.flags.writeable:
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError("out: the array is read-only")
     return array
 
@@ -304,25 +315,28 @@ def epilogue(
     bias: Array | None,
     residual: Array | None,
     activation: str | None,
-    stated: Stated,
+    product: Product,
 ) -> Epilogue:
     """The operands of what follows the product, in the shapes and dtypes that kernels take."""
     if bias is None and residual is None:
         return Epilogue(alpha, None, activation, None)
+    stated, place = product.stated, product.place
     shape, (drop_rows, drop_columns) = stated.shape, stated.dropped
     if bias is not None:
+        places.on(place, bias, "bias")
         wanted = () if drop_columns else shape[-1:]
         if bias.shape not in (wanted, shape[-1:]):
             raise ValueError(f"bias: want shape {shape[-1:]}, got {bias.shape}")
         wide = np.float64 if stated.dtype == np.float64 else np.float32
-        bias = np.ascontiguousarray(bias.reshape(shape[-1:]), wide)
+        bias = place.xp.ascontiguousarray(bias.reshape(shape[-1:]), wide)
     if residual is not None:
+        places.on(place, residual, "residual")
         if drop_columns:
             residual = residual[..., None]
         if drop_rows and residual.ndim > 1:
             residual = residual[..., None, :]
         try:
-            residual = np.broadcast_to(residual, shape)
+            residual = place.xp.broadcast_to(residual, shape)
         except ValueError:
             raise ValueError(
                 f"residual: {residual.shape} does not broadcast to the result, {shape}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import checks, interop
+from lowbit import checks, device, interop
 from lowbit.array import QArray
 from lowbit.formats import Element, Format, names, reference
 from lowbit.formats.declare import Named
@@ -116,7 +116,8 @@ def quantize(
     Parameters
     ----------
     x : array_like, (..., rows, columns) or (columns,)
-        float32, float16, bfloat16 or float64 of NumPy, PyTorch (CPU), JAX or DLPack.
+        float32, float16, bfloat16 or float64 of NumPy, CuPy, PyTorch, JAX or DLPack. The parts
+        are where x is: on its GPU, or on the host.
     format : Format or str
         ``"int4_g128"``, ``lb.int4(group=128)``, ...
     axis : int
@@ -159,6 +160,10 @@ def quantize(
     scale = amax / qmax in float32 (float64 for float64 x), rounded to the scale's type; an
     all-zero block has scale 1. code = nearest(x / scale + zero).
 
+    On a GPU the call waits until every number has been looked at. float64, and the policies
+    "stochastic", "mse", overflow= and nonfinite= other than their defaults, are computed on the
+    host there and back: the same codes, slowly.
+
     Examples
     --------
     >>> import numpy as np, lowbit as lb
@@ -169,7 +174,7 @@ def quantize(
     fmt = checks.as_format(format, "format")
     if isinstance(x, QArray):
         raise TypeError("quantize: x is quantized already; .dequantize() it first")
-    values, _ = interop.to_numpy(x, "x")
+    values, origin = interop.read(x, "x")
     checks.data(values, "x")
     checks.choice(rounding, ("even", "stochastic"), "rounding")
     checks.choice(overflow, ("saturate", "nan", "raise"), "overflow")
@@ -187,16 +192,17 @@ def quantize(
     stored = values[None] if vector else values.swapaxes(-1, -2) if transposed else values
     scale = _static(scale, fmt, stored.shape, "scale")
     zero = _static(zero, fmt, stored.shape, "zero")
-    parts = None
-    if _refuse(fmt, stored, method=method, rounding=rounding, overflow=overflow) is None:
-        from lowbit.kernels.cpu.quantize import quantize as compiled
-
-        parts = compiled(fmt, stored, method=method, scale=scale, zero=zero)
+    place = device.of(values)
+    with interop.stream(origin):
+        parts = place.quantize(
+            fmt, stored, method=method, rounding=rounding, overflow=overflow, scale=scale, zero=zero
+        )
+        here = stored if parts is not None else place.get(stored)
     if parts is None:
         # Also where a kernel met what has to be refused: this counts and places it.
         parts = reference.quantize(
             fmt,
-            stored,
+            here,
             method=method,
             scale=scale,
             zero=zero,
@@ -206,21 +212,11 @@ def quantize(
             seed=seed,
             place=lambda i: i[1:] if vector else (*i[:-2], i[-1], i[-2]) if transposed else i,
         )
+        if place is not device.HOST:
+            parts = device.changed(parts, place.put)
     dtype = values.dtype.newbyteorder("=")
     result = QArray._of(parts, dtype, transposed=transposed, vector=vector)
     return result if out is None else _write(result, out)
-
-
-_LEAST = 1 << 12  # numbers; for fewer it does not pay to load a kernel
-
-
-def _refuse(fmt: Format, x: Array, *, method: str, rounding: str, overflow: str) -> str | None:
-    """Why an array is not quantized by compiled code, in words; None if it is."""
-    if x.size < _LEAST:
-        return f"fewer than {_LEAST} numbers are not worth loading a kernel for"
-    from lowbit.kernels.cpu import quantize as compiled
-
-    return compiled.refuse(fmt, x, method=method, rounding=rounding, overflow=overflow)
 
 
 def _static(given: Any, fmt: Format, shape: tuple[int, ...], argument: str) -> Array | None:
@@ -265,10 +261,11 @@ def _write(result: QArray, out: QArray) -> QArray:
         raise ValueError(f"out: want {result!r}, got {out!r}")
     if out._columns is not None or out._divisor is not None:
         raise ValueError("out: it permutes or divides columns, which fresh codes do not")
+    device.on(out._place, result._parts.codes, "x", "out")
     held, fresh = out._rows(), result._rows()
     for name in ("codes", "scales", "zeros", "biases", "tensor_scale"):
         target = getattr(held, name)
-        if target is not None and not target.flags.writeable:
+        if isinstance(target, np.ndarray) and not target.flags.writeable:
             raise ValueError(f"out: its {name} are read-only")
     for name in ("codes", "scales", "zeros", "biases", "tensor_scale"):
         if getattr(held, name) is not None:
@@ -288,6 +285,7 @@ def dequantize(w: QArray, dtype: npt.DTypeLike | None = None) -> Array:
     Returns
     -------
     ndarray
+        Of NumPy, or of CuPy on the GPU that w is on.
 
     Examples
     --------

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 def text(w: QArray) -> str:
     """One line: what it is and what it costs."""
     held = "" if w.layout == "rows" else f", layout={w.layout!r}"
+    held += "" if w.device == "cpu" else f", device={w.device!r}"
     return (
         f"QArray(shape={w.shape}, format={w.format.name!r}, dtype={w.dtype.name}{held}, "
         f"{w.nbytes} bytes)"
@@ -26,6 +27,7 @@ def _facts(w: QArray) -> list[tuple[str, str]]:
         ("format", w.format.name),
         ("dtype", w.dtype.name),
         ("layout", w.layout),
+        ("device", w.device),
         ("bytes", f"{w.nbytes:,}{ratio}"),
     ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit import device
 from lowbit.array import QArray
 from lowbit.formats.reference import Array, Packed
 from lowbit.indexing import column_alignment, per_row
@@ -29,10 +30,9 @@ def _each(parts: Packed, shape: tuple[int, ...], change: Callable[[Array], Array
 
 def copy(w: QArray) -> QArray:
     """Memory of its own for every part."""
-    parts = _each(w._rows(), w._rows().shape, np.array)
-    if parts.tensor_scale is not None:
-        parts = replace(parts, tensor_scale=parts.tensor_scale.copy())
-    return w._with(parts)
+    place = w._place
+    with place.current():
+        return w._with(device.changed(w._rows(), place.xp.array))
 
 
 def transpose(w: QArray, axes: tuple[Any, ...]) -> QArray:
@@ -102,7 +102,8 @@ def reshape(w: QArray, shape: tuple[Any, ...]) -> QArray:
     second = parts.tensor_scale
     if second is not None and second.shape != lead:
         if second.size != math.prod(lead):
-            second = np.full(lead, second.item() if second.size == 1 else 1, np.float32)
+            xp = device.of(second).xp
+            second = xp.full(lead, second.item() if second.size == 1 else 1, np.float32)
         changed = replace(changed, tensor_scale=second.reshape(lead))
     return w._with(changed, vector=vector)
 
@@ -135,7 +136,8 @@ def _alike(arrays: Sequence[Any], action: str) -> list[QArray]:
                 "or .dequantize() the others"
             )
     first: QArray = arrays[0]
-    for a in arrays[1:]:
+    for i, a in enumerate(arrays[1:], 1):
+        device.on(first._place, a._parts.codes, f"{action}: array {i}", "array 0")
         if a.format.element != first.format.element or a.dtype != first.dtype:
             raise ValueError(
                 f"{action}: formats and dtypes have to agree, got {first.format.name} of "
@@ -156,7 +158,7 @@ def _differ(parts: list[Array | None]) -> bool:
     first = parts[0]
     if first is None:
         return any(p is not None for p in parts)
-    return any(p is None or not np.array_equal(first, p) for p in parts)
+    return any(p is None or not device.of(p).xp.array_equal(first, p) for p in parts)
 
 
 def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
@@ -213,14 +215,16 @@ def _join_divisors(pieces: list[QArray]) -> Array | None:
         return None
     if any(d is None for d in found):
         raise ValueError("concatenate: some arrays have a divisor and some have none")
-    return np.concatenate(found)  # type: ignore[arg-type]
+    joined: Array = pieces[0]._place.xp.concatenate(found)
+    return joined
 
 
 def _join(parts: list[Packed], at: int) -> Packed:
+    xp = device.of(parts[0].codes).xp
     joined = [
         None
         if getattr(parts[0], name) is None
-        else np.concatenate([getattr(p, name) for p in parts], at)
+        else xp.concatenate([getattr(p, name) for p in parts], at)
         for name in ("codes", "scales", "zeros", "biases")
     ]
     codes, scales, zeros, biases = joined
@@ -230,7 +234,7 @@ def _join(parts: list[Packed], at: int) -> Packed:
     shape[at] = sum(p.shape[at] for p in parts)
     second = parts[0].tensor_scale
     if second is not None and at < len(shape) - 2:
-        second = np.concatenate([np.asarray(p.tensor_scale) for p in parts], at)
+        second = xp.concatenate([p.tensor_scale for p in parts], at)
     return Packed(parts[0].format, tuple(shape), codes, scales, zeros, biases, second)
 
 
@@ -321,11 +325,11 @@ def stack(arrays: Sequence[Any], axis: int = 0) -> QArray:
         raise ValueError(
             f"stack: axis {axis} would put the new axis inside the matrices; only leading places"
         )
-    parts = _same_format([p._rows() for p in pieces])
+    parts, xp = _same_format([p._rows() for p in pieces]), pieces[0]._place.xp
     grown = [
         replace(
-            _each(p, (*p.shape[:at], 1, *p.shape[at:]), lambda a: np.expand_dims(a, at)),
-            tensor_scale=None if p.tensor_scale is None else np.expand_dims(p.tensor_scale, at),
+            _each(p, (*p.shape[:at], 1, *p.shape[at:]), lambda a: xp.expand_dims(a, at)),
+            tensor_scale=None if p.tensor_scale is None else xp.expand_dims(p.tensor_scale, at),
         )
         for p in parts
     ]

@@ -138,7 +138,6 @@ def test_pairs_of_float4_are_unpacked_low_nibble_first():
 @pytest.mark.parametrize(
     ("device", "name"),
     [
-        ((2, 1), "cuda:1"),
         ((10, 0), "rocm:0"),
         ((13, 0), "cuda_managed:0"),
         ((99, 3), "device 99:3"),

@@ -17,7 +17,7 @@ from lowbit.kernels.declare import format_bytes
 from lowbit.testing import assert_within_bound, random_qarray
 
 INT4 = lb.format("int4_g128")
-DEVICES = [f"cpu:{isa.name}" for isa in RECORDS] + ["cuda:80", "cuda:90"]
+DEVICES = [f"cpu:{isa.name}" for isa in RECORDS] + ["cuda:80:108", "cuda:90:132"]
 
 
 def problem(**changes):
@@ -63,7 +63,7 @@ def test_the_problem_is_a_value():
 
 
 def test_a_gpu_leaves_the_kernels_of_the_cpu_out():
-    refusals = {v.kernel.name: v.refusal for v in judge(problem(device="cuda:90"))}
+    refusals = {v.kernel.name: v.refusal for v in judge(problem(device="cuda:90:132"))}
     assert refusals["matmul.cpu.fma"] == "runs on cpu, the operands are on cuda"
     assert refusals["reference"] is None
 
@@ -71,7 +71,8 @@ def test_a_gpu_leaves_the_kernels_of_the_cpu_out():
 def test_layouts_that_a_kernel_does_not_read_are_named():
     refusals = {v.kernel.name: v.refusal for v in judge(problem(layout="spiral"))}
     assert set(refusals) == {k.name for k in kernels.registered()}
-    for refusal in map(str, refusals.values()):
+    here = [k.name for k in kernels.registered() if k.device != "cuda"]
+    for refusal in (str(refusals[name]) for name in here):
         assert re.fullmatch(r"reads [\w ]+, w is held as spiral", refusal)
     with pytest.raises(ValueError, match=r"no kernel computes this product: .*held as spiral"):
         choose(problem(layout="spiral"))
@@ -86,7 +87,7 @@ def test_ordinary_problems_run_compiled_and_odd_ones_on_the_reference():
 
 @pytest.mark.parametrize("name", [k.name for k in kernels.registered()])
 @pytest.mark.parametrize(
-    "changes", [{}, {"x": "float64"}, {"w_along": False}, {"device": "cuda:90"}, {"m": 0}]
+    "changes", [{}, {"x": "float64"}, {"w_along": False}, {"device": "cuda:90:132"}, {"m": 0}]
 )
 def test_a_forced_kernel_runs_or_gives_the_reason_of_its_verdict(name, changes):
     stated = problem(**changes)
