@@ -31,18 +31,18 @@ def disassembler(nvrtc) -> None:
     [pytest.param(case, arch, id=f"{case} {arch}") for case in CASES for arch in case.archs],
 )
 def test_machine_code_is_as_designed(disassembler, case: Case, arch: str):
-    reports = []
     for source in case.sources(arch):
-        report = sass.read(compile.nvrtc(source, arch), arch)
-        shared = source.shared + report.shared
-        assert table.faults(report) == []
-        assert report.registers <= case.registers
-        assert sass.blocks(arch, report.registers, source.threads, shared) >= case.blocks
-        reports.append(report)
+        code = compile.nvrtc(source, arch)
+        usage = sass.usage(code, arch)
+        shared = source.shared + usage.shared
+        assert usage.faults() == []
+        assert usage.registers <= case.registers
+        assert sass.blocks(arch, usage.registers, source.threads, shared) >= case.blocks
     # Where a kernel prepares for another, the last one does the work.
-    done = reports[-1]
+    found = sass.disassembled(code)
+    assert sass.count(found, "LDL|STL") == 0
     wanted = {**case.exactly, **case.at_least, **case.at_most}
-    counts = {pattern: done.count(pattern) for pattern in wanted}
+    counts = {pattern: sass.count(found, pattern) for pattern in wanted}
     assert {pattern: counts[pattern] for pattern in case.exactly} == case.exactly
     assert all(counts[pattern] >= least for pattern, least in case.at_least.items()), counts
     assert all(counts[pattern] <= most for pattern, most in case.at_most.items()), counts
@@ -67,10 +67,11 @@ def test_spills_are_seen(disassembler):
     """
     source = Source(text, "many", 1024)
     for arch in ("sm_80", "sm_90a"):
-        report = sass.read(compile.nvrtc(source, arch), arch)
-        assert report.registers <= 64
-        assert report.spills
-        assert any("local memory" in each for each in table.faults(report))
+        code = compile.nvrtc(source, arch)
+        usage = sass.usage(code, arch)
+        assert usage.registers <= 64
+        assert usage.faults() == [f"{usage.stack} bytes of stack, spilled registers or arrays"]
+        assert sass.count(sass.disassembled(code), "LDL|STL")
 
 
 def test_a_stack_is_seen(disassembler):
@@ -81,9 +82,9 @@ def test_a_stack_is_seen(disassembler):
         for (int i = 0; i < 64; ++i) x[i] = held[x[i + 64] & 63];
     }
     """
-    report = sass.read(compile.nvrtc(Source(text, "indexed", 32), "sm_80"), "sm_80")
-    assert report.stack >= 256
-    assert f"{report.stack} bytes of stack" in table.faults(report)
+    usage = sass.usage(compile.nvrtc(Source(text, "indexed", 32), "sm_80"), "sm_80")
+    assert usage.stack >= 256
+    assert usage.faults()
 
 
 @pytest.mark.parametrize(

@@ -28,26 +28,20 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?!@!PT)(?:@!?U?P\w+\s+)?([A-Z]
 
 
 @dataclass(frozen=True)
-class Report:
-    """Of one kernel on one architecture."""
+class Usage:
+    """What a thread and a block of one kernel take."""
 
     registers: int
     stack: int
+    """Bytes of a thread; spilled registers lie there."""
     local: int
-    """Bytes of memory of a thread beside its registers, spills among them."""
     shared: int
-    """Static."""
-    opcodes: Counter[str]
-    """Full name with modifiers: how often it stands in the code."""
+    """Static bytes of a block."""
 
-    def count(self, pattern: str) -> int:
-        """Instructions whose full name begins with the pattern."""
-        return sum(n for name, n in self.opcodes.items() if re.match(pattern, name))
-
-    @property
-    def spills(self) -> int:
-        """Loads and stores of local memory."""
-        return self.count(r"LDL|STL")
+    def faults(self) -> list[str]:
+        """What no kernel may have, in words."""
+        found = {"stack, spilled registers or arrays": self.stack, "local memory": self.local}
+        return [f"{size} bytes of {what}" for what, size in found.items() if size]
 
 
 @cache
@@ -64,21 +58,23 @@ def missing() -> str | None:
     return f"pip install {' '.join(lacking)}, or a CUDA toolkit" if lacking else None
 
 
-def read(cubin: Cubin, arch: str) -> Report:
-    """Disassemble."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin.code)
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        listing = _run("nvdisasm", "--print-code", file.name)
-    numbers = re.search(rf"Function {re.escape(cubin.name)}:\s*\n(.*)", usage)
-    assert numbers is not None, usage
+def usage(cubin: Cubin, arch: str) -> Usage:
+    """Read what the compiler has noted."""
+    noted = _run("cuobjdump", "--dump-resource-usage", cubin)
+    numbers = re.search(rf"Function {re.escape(cubin.name)}:\s*\n(.*)", noted)
+    assert numbers is not None, noted
     found = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", numbers[1])}
+    # From Hopper on the number holds what CUDA takes for itself.
+    hidden = RESERVED if found["SHARED"] and int(arch.strip("sm_a")) >= 90 else 0
+    return Usage(found["REG"], found["STACK"], found["LOCAL"], found["SHARED"] - hidden)
+
+
+def disassembled(cubin: Cubin) -> Counter[str]:
+    """Return a kernel's instructions: full names with modifiers, how often each stands there."""
+    listing = _run("nvdisasm", "--print-code", cubin)
     parts = [p for p in re.split(r"\n\.text\.", listing)[1:] if p.split(":", 1)[0] == cubin.name]
     assert len(parts) == 1, f"{len(parts)} sections of {cubin.name}"
-    # From Hopper on the number holds what CUDA takes for itself.
-    shared = found["SHARED"] - (RESERVED if found["SHARED"] and _number(arch) >= 90 else 0)
-    return Report(found["REG"], found["STACK"], found["LOCAL"], shared, opcodes(parts[0]))
+    return opcodes(parts[0])
 
 
 def opcodes(listing: str) -> Counter[str]:
@@ -86,14 +82,18 @@ def opcodes(listing: str) -> Counter[str]:
     return Counter(_INSTRUCTION.findall(listing))
 
 
-def _number(arch: str) -> int:
-    return int(arch.strip("sm_a"))
+def count(found: Counter[str], pattern: str) -> int:
+    """Instructions whose full name begins with the pattern."""
+    return sum(times for name, times in found.items() if re.match(pattern, name))
 
 
-def _run(name: str, *arguments: str) -> str:
+def _run(name: str, option: str, cubin: Cubin) -> str:
     program = tool(name)
     assert program is not None, missing()
-    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin.code)
+        file.flush()
+        done = subprocess.run([program, option, file.name], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import sass
 import usual
-from sass import Report
 
 from lowbit.kernels.cuda import compile
 from lowbit.kernels.cuda.launch import Source
 
 PATH = Path(__file__).parent / "table.json"
-
-
-def faults(report: Report) -> list[str]:
-    """What no kernel may have."""
-    found = []
-    if report.spills or report.local:
-        found.append(f"{report.spills} loads and stores of {report.local} bytes of local memory")
-    if report.stack:
-        found.append(f"{report.stack} bytes of stack")
-    return found
+Table = dict[str, Any]
 
 
 def keys(arch: str) -> dict[str, tuple[Source, str]]:
@@ -39,38 +28,51 @@ def keys(arch: str) -> dict[str, tuple[Source, str]]:
     return {compile.key(s, arch): (s, label) for s, label in usual.audited(arch).items()}
 
 
-def row(arch: str, source: Source, label: str) -> dict[str, Any]:
-    """Compile one kernel and describe it."""
-    report = sass.read(compile.nvrtc(source, arch), arch)
-    wrong = faults(report)
-    if wrong:
-        raise SystemExit(f"{arch} {label}, {source.name}: {'; '.join(wrong)}")
-    shared = source.shared + report.shared
-    blocks = sass.blocks(arch, report.registers, source.threads, shared)
+def numbers(arch: str, source: Source, label: str) -> dict[str, int]:
+    """Compile one kernel and look at what it takes."""
+    usage = sass.usage(compile.nvrtc(source, arch), arch)
+    if usage.faults():
+        raise SystemExit(f"{arch} {label}, {source.name}: {'; '.join(usage.faults())}")
+    shared = source.shared + usage.shared
+    blocks = sass.blocks(arch, usage.registers, source.threads, shared)
     return {
-        "for": label,
-        "kernel": source.name.partition("<")[0].removeprefix("lb::"),
         "threads": source.threads,
-        "registers": report.registers,
+        "registers": usage.registers,
         "shared": shared,
         "blocks": blocks,
         "in flight": sass.in_flight(source.text, source.shared, blocks),
-        "instructions": sum(report.opcodes.values()),
     }
 
 
-def rows(arch: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and description of every kernel."""
+def table(arch: str, known: Table) -> Table:
+    """Key and description of every kernel; what is known is not compiled again."""
     found = keys(arch)
+    made: Table = {}
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda each: row(arch, *each), found.values())
-        for number, (key, described) in enumerate(zip(found, made, strict=True), 1):
-            print(f"\r{arch}: {number} of {len(found)}", end="", file=sys.stderr, flush=True)
-            yield key, described
+        fresh = {
+            key: pool.submit(numbers, arch, source, label)
+            for key, (source, label) in found.items()
+            if key not in known
+        }
+        for key, (source, label) in found.items():
+            name = source.name.partition("<")[0].removeprefix("lb::")
+            made[key] = {"for": label, "kernel": name}
+            made[key] |= fresh[key].result() if key in fresh else known[key] | made[key]
+            print(f"\r{arch}: {len(made)} of {len(found)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    return made
+
+
+def main() -> None:
+    """Bring table.json up to date."""
+    known: Table = json.loads(PATH.read_text()) if PATH.exists() else {}
+    version = list(compile.version())
+    if known.get("nvrtc") != version:
+        known = {}
+    tables = {arch: table(arch, known.get(arch, {})) for arch in usual.DEVICES}
+    text = json.dumps({"nvrtc": version, **tables}, separators=(",", ":"))
+    PATH.write_text(text.replace('},"', '},\n"') + "\n")
 
 
 if __name__ == "__main__":
-    found = {"nvrtc": compile.version(), **{arch: dict(rows(arch)) for arch in usual.DEVICES}}
-    lines = json.dumps(found, separators=(",", ":")).replace('"},"', '"},\n"').replace("},", "},\n")
-    PATH.write_text(lines + "\n")
+    main()
