@@ -26,6 +26,11 @@ def test_pipelines_have_no_races():
     races.rerun(*files, "-k", chosen)
 
 
+def test_blocks_that_share_a_sum_have_no_races():
+    products = str(HERE / "test_cuda_products.py")
+    races.rerun(products, "-k", "share_the_columns and int8_row")
+
+
 def test_a_failure_is_told():
     with pytest.raises(AssertionError, match="deselected"):
         races.rerun(str(HERE / "test_emulator.py"), "-k", "no_such_test")

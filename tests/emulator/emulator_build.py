@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,6 +66,8 @@ class CompileError(EmulatorError):
 
 def missing() -> str | None:
     """Say what the emulator lacks here, or None."""
+    if sys.platform != "linux":
+        return f"the emulator maps memory as Linux does, this is {sys.platform}"
     if shutil.which(COMPILER) is None:
         return f"the emulator compiles kernels with {COMPILER}, which is not installed"
     if headers() is None:
