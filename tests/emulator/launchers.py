@@ -56,7 +56,7 @@ class Launcher:
         arrays = [getattr(a, "array", a) for a in args]  # of a TensorMap
         sent = [cupy.asarray(a.view(np.uint8)) if isinstance(a, np.ndarray) else a for a in arrays]
         given = [
-            _encoded(a, there.data.ptr) if isinstance(a, TensorMap) else there
+            self._mapped(a, there) if isinstance(a, TensorMap) else there
             for a, there in zip(args, sent, strict=True)
         ]
         function(grid, block, tuple(given), shared_mem=source.shared)
@@ -64,26 +64,6 @@ class Launcher:
             if isinstance(array, np.ndarray):
                 array.view(np.uint8)[...] = cupy.asnumpy(there)
 
-
-def _encoded(tensor_map: TensorMap, address: int) -> Any:
-    """The driver's own form of a map of 16-bit numbers."""
-    from cuda.bindings import driver
-
-    (rows, columns), box = tensor_map.array.shape, tensor_map.box
-    swizzle = "128B" if tensor_map.swizzle else "NONE"
-    status, found = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-        2,
-        address,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(tensor_map.array.strides[0])],
-        [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
-        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle[f"CU_TENSOR_MAP_SWIZZLE_{swizzle}"],
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: {status}")
-    return np.array([int(word) for word in found.opaque], np.uint64)
+    def _mapped(self, asked: TensorMap, there: Any) -> Any:
+        numbers = there.view(f"u{asked.array.itemsize}")
+        return self.machine.tensor_map(numbers, asked.box, swizzle=asked.swizzle)
