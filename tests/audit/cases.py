@@ -102,6 +102,9 @@ CASES = (
          {r"IMMA.16832.S8.S8$": 32}, COPIES),
     Case("int8_row @ int4_g128 -> bfloat16", 64, "matmul.cuda.integer", BOTH, 255, 1,
          {r"IMMA.16832.S8.S8$": 32}, COPIES),
+    # float8 by its own instruction, where a warp has it.
+    Case("fp8_row @ fp8_row -> bfloat16", 64, "matmul.cuda.float8", ("sm_89", "sm_120"), 255, 1,
+         {"QMMA.16832.F32.E4M3.E4M3$": 32}, COPIES),
     # Hopper's: copies by one thread, products of four warps together.
     Case("float16 @ int4_g128 -> float16", 512, "matmul.cuda.wgmma", HOPPER, 168, 1,
          {"HGMMA": 8, "UTMALDG.2D": 2}, {"SYNCS": 8, "LDS.128": 4}),
