@@ -24,7 +24,7 @@ def negate(w: QArray) -> QArray:
         # Codes change, which tables of the host say how.
         return negate(w.to_device("cpu")).to_device(w.device)
     if parts.tensor_scale is not None:
-        changed = replace(parts, tensor_scale=-parts.tensor_scale)
+        changed = replace(parts, tensor_scale=w._place.xp.asarray(-parts.tensor_scale))
     elif not isinstance(kind, Element):
         changed = replace(parts, scales=-parts.scales)
     elif kind.min < 0:
@@ -154,7 +154,7 @@ def _scaled_biases(parts: Packed, factors: Array) -> Array | None:
 def _exact(held: Array, factor: Array, what: str) -> Array:
     wanted = held.astype(np.float64) * factor
     with np.errstate(over="ignore", under="ignore"):
-        rounded = wanted.astype(held.dtype)
+        rounded = np.asarray(wanted.astype(held.dtype))
     if (rounded.astype(np.float64) != wanted).any():
         raise ValueError(
             f"w * factor: a {what} times the factor is not exact in {held.dtype.name}; "

@@ -352,12 +352,14 @@ class QArray(Refusals):
         """Regroup the leading axes and rows; the contraction axis keeps its length."""
         from lowbit import shaping
 
-        return shaping.reshape(self, shape)
+        with self._place.current():
+            return shaping.reshape(self, shape)
 
     def __getitem__(self, index: Any) -> QArray:
         from lowbit import indexing
 
-        return indexing.getitem(self, index)
+        with self._place.current():
+            return indexing.getitem(self, index)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -423,7 +425,8 @@ class QArray(Refusals):
     def __neg__(self) -> QArray:
         from lowbit import arithmetic
 
-        return arithmetic.negate(self)
+        with self._place.current():
+            return arithmetic.negate(self)
 
     def __pos__(self) -> QArray:
         return self
@@ -431,7 +434,8 @@ class QArray(Refusals):
     def __mul__(self, other: Any) -> QArray:
         from lowbit import arithmetic
 
-        return arithmetic.multiply(self, other)
+        with self._place.current():
+            return arithmetic.multiply(self, other)
 
     __rmul__ = __mul__
 

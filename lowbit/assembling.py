@@ -28,34 +28,42 @@ def assemble(
 ) -> QArray:
     """See `lowbit.from_parts`."""
     found, origin = interop.read(given_codes, "codes", kept=True)
-    with interop.stream(origin):
+    with interop.stream(origin, device.of(found)):
         return _assembled(
             fmt,
             found,
-            given_scales,
             shape,
             dtype,
-            {"zeros": zeros, "biases": biases, "tensor_scale": tensor_scale},
-            {"columns": columns, "divisor": divisor},
+            {
+                "scales": given_scales,
+                "zeros": zeros,
+                "biases": biases,
+                "tensor_scale": tensor_scale,
+                "columns": columns,
+                "divisor": divisor,
+            },
         )
 
 
 def _assembled(
     fmt: Format,
     given_codes: Array,
-    given_scales: Any,
     shape: tuple[int, ...] | None,
     dtype: np.dtype[Any],
-    more: dict[str, Any],
-    order: dict[str, Any],
+    given: dict[str, Any],
 ) -> QArray:
     held, shape = _codes(fmt, given_codes, shape)
-    place = device.of(held)
+    more: dict[str, Any] = {}
+    for argument, part in given.items():
+        more[argument] = part
+        if part is not None:
+            more[argument], _ = interop.read(part, argument, kept=True)
+            device.on(device.of(held), more[argument], argument, "codes")
     vector = len(shape) == 1
     matrix = (1, *shape) if vector else shape
     held = held[None] if vector else held
     grid = (*matrix[:-2], *fmt.grid((matrix[-2], matrix[-1])))
-    scales = _scales(fmt, given_scales, grid)
+    scales = _scales(fmt, more["scales"], grid)
     parts = Packed(
         fmt,
         matrix,
@@ -65,19 +73,8 @@ def _assembled(
         _blocks(fmt, more["biases"], grid, "biases", fmt.bias),
         _tensor_scale(fmt, more["tensor_scale"], matrix[:-2]),
     )
-    columns = _columns(order["columns"], matrix[-1])
-    divisor = _divisor(order["divisor"], matrix[-1])
-    parted = {
-        "scales": parts.scales,
-        "zeros": parts.zeros,
-        "biases": parts.biases,
-        "tensor_scale": parts.tensor_scale,
-        "columns": columns,
-        "divisor": divisor,
-    }
-    for argument, part in parted.items():
-        if part is not None:
-            device.on(place, part, argument, "codes")
+    columns = _columns(more["columns"], matrix[-1])
+    divisor = _divisor(more["divisor"], matrix[-1])
     return QArray._of(parts, dtype, vector=vector, columns=columns, divisor=divisor)
 
 

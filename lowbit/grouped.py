@@ -109,7 +109,7 @@ def grouped_matmul(
     for argument, array in (("bias", added), ("residual", rest), ("out", target)):
         if array is not None:
             places.on(w._place, array, argument)
-    with interop.stream(origin), w._place.current():
+    with interop.stream(origin, w._place):
         after = _epilogue(
             checks.finite_scalar(alpha, "alpha"), added, activation, rest, dtype, rows, w
         )

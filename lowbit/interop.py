@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -122,11 +122,11 @@ def from_numpy(array: NDArray[Any], origin: Origin) -> Any:
     return _to_jax(array, origin.device)
 
 
-def stream(origin: Origin) -> AbstractContextManager[None]:
+def stream(origin: Origin, place: places.Place) -> AbstractContextManager[Any]:
     """Where to launch what belongs to an operand: on torch's current stream, if it is torch's."""
     if origin.framework == "torch" and origin.device != "cpu":
         return cuda_interop.torch_stream(origin.device)
-    return nullcontext()
+    return place.current()
 
 
 def written(x: Any) -> None:

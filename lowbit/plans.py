@@ -125,7 +125,7 @@ class Plan:
         places.on(self._product.place, held, "x")
         after = self._after if residual is None else self._with(residual)
         target = self._target if out is None else self._checked(out)
-        with interop.stream(origin):
+        with interop.stream(origin, self._product.place):
             if target is None:
                 return self._product.answer(given, after, origin)
             self._product.into(target, given, after)
@@ -256,16 +256,26 @@ def plan(
             f"plan: w is the quantized weight, on the right of the product; got "
             f"{type(w).__name__}. Of w @ x plan the transpose, x.T @ w.T."
         )
-    left, right, _ = products.operands_of(x, w)
+    left, right, origin = products.operands_of(x, w)
     assert isinstance(right, QArray)
-    target = None if out is None else products.writable(out)
-    added = None if bias is None else products.numbers(bias, "bias").copy()
-    rest = None if residual is None else products.numbers(residual, "residual").copy()
-    scale = None if x_scale is None else interop.to_numpy(x_scale, "x_scale")[0].copy()
-    options = products.options_of(
-        left, added, activation, rest, x_format, scale, target, out_dtype, batch_invariant, kernel
-    )
-    product = binding.make(left, right, options, scale)
-    factor = checks.finite_scalar(alpha, "alpha")
-    after = products.epilogue(factor, added, rest, activation, product)
-    return Plan(left, right, product, after, out, kernel)
+    with interop.stream(origin, w._place):
+        target = None if out is None else products.writable(out)
+        added = None if bias is None else products.numbers(bias, "bias").copy()
+        rest = None if residual is None else products.numbers(residual, "residual").copy()
+        scale = None if x_scale is None else interop.to_numpy(x_scale, "x_scale")[0].copy()
+        options = products.options_of(
+            left,
+            added,
+            activation,
+            rest,
+            x_format,
+            scale,
+            target,
+            out_dtype,
+            batch_invariant,
+            kernel,
+        )
+        product = binding.make(left, right, options, scale)
+        factor = checks.finite_scalar(alpha, "alpha")
+        after = products.epilogue(factor, added, rest, activation, product)
+        return Plan(left, right, product, after, out, kernel)

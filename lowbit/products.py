@@ -148,13 +148,15 @@ def matmul(
         if isinstance(right, QArray) and not isinstance(left, QArray):
             left, right = adapt(left, right)
         assert options.x_format is not None
-        with interop.stream(origin):
+        with interop.stream(origin, right._place if isinstance(right, QArray) else places.HOST):
             left = quantized(left, options.x_format, x_scale)
         if options.out_dtype is None:
             # Dividing x took float32, which is nobody's business outside.
             options = options._replace(out_dtype=promoted(narrow, right.dtype))
         options = options._replace(x_format=None)
-    with interop.stream(origin):
+    w_side = right if isinstance(right, QArray) else left
+    assert isinstance(w_side, QArray)
+    with interop.stream(origin, w_side._place):
         product = find(left, right, options)
         factor = checks.finite_scalar(alpha, "alpha")
         after = epilogue(factor, added, rest, activation, product)

@@ -20,7 +20,7 @@ def array_ufunc(ufunc: np.ufunc, method: str, inputs: tuple[Any, ...], kwargs: A
         if ufunc is np.matmul:
             return matmul(*inputs, out=None if out is None else out[0])
         if out is None and ufunc is np.negative:
-            return arithmetic.negate(inputs[0])
+            return -inputs[0]
         if out is None and ufunc is np.positive:
             return inputs[0]
         if out is None and ufunc is np.multiply:

@@ -193,7 +193,7 @@ def quantize(
     scale = _static(scale, fmt, stored.shape, "scale")
     zero = _static(zero, fmt, stored.shape, "zero")
     place = device.of(values)
-    with interop.stream(origin):
+    with interop.stream(origin, place):
         parts = place.quantize(
             fmt, stored, method=method, rounding=rounding, overflow=overflow, scale=scale, zero=zero
         )

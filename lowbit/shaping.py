@@ -185,6 +185,11 @@ def concatenate(arrays: Sequence[Any], axis: int = 0) -> QArray:
     (3, 64)
     """
     pieces = _alike(arrays, "concatenate")
+    with pieces[0]._place.current():
+        return _concatenated(pieces, axis)
+
+
+def _concatenated(pieces: list[QArray], axis: int) -> QArray:
     ndim = pieces[0].ndim
     if any(p.ndim != ndim for p in pieces):
         raise ValueError("concatenate: arrays have different numbers of axes")
@@ -310,6 +315,11 @@ def stack(arrays: Sequence[Any], axis: int = 0) -> QArray:
     (3, 2, 64)
     """
     pieces = _alike(arrays, "stack")
+    with pieces[0]._place.current():
+        return _stacked(pieces, axis)
+
+
+def _stacked(pieces: list[QArray], axis: int) -> QArray:
     _same_columns(pieces, "stack")
     if any(p.shape != pieces[0].shape for p in pieces):
         raise ValueError(f"stack: shapes differ: {[p.shape for p in pieces]}")
