@@ -13,7 +13,7 @@ from recorder import Recorder
 from usual import DEVICES, DTYPES, Work, packed, product
 
 import lowbit as lb
-from lowbit.kernels.cuda import dequantize, quantize
+from lowbit.kernels.cuda import dequantize, fused, quantize
 from lowbit.kernels.cuda.launch import Device, Source
 
 ALL = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120")
@@ -26,7 +26,7 @@ class Case:
     """A kernel, and what must be true of it on every architecture named."""
 
     work: str
-    """``x @ w -> out``, or ``x -> format``, or ``format -> dtype``."""
+    """``x @ w -> out``, ``x -> format``, ``silu x -> format`` or ``format -> dtype``."""
     m: int = 64
     """Rows of x, of 4096 columns, for a weight of 4096 rows."""
     kernel: str | None = None
@@ -52,6 +52,10 @@ class Case:
         if "@" in left:
             x, w = left.split(" @ ")
             product(recorder, Work(x, w, out), self.m, 4096, 4096, self.kernel)
+        elif left.startswith("silu "):
+            values = np.zeros((64, 4096), DTYPES[left.removeprefix("silu ")])
+            with recorder.asked_by(self.work):
+                fused.silu_mul_quantize(values, values, lb.format(out))
         elif left in DTYPES:
             with recorder.asked_by(self.work):
                 quantize.enqueue(lb.format(out), np.zeros((64, 4096), DTYPES[left]))
@@ -114,6 +118,7 @@ CASES = (
     Case("float16 -> int4_g128", registers=64, blocks=4, at_least={"LDG.E.NA.128": 2}),
     Case("bfloat16 -> fp8_row", registers=64, blocks=4, at_least={"LDG.E.NA.128": 4}),
     Case("bfloat16 -> mxfp4", registers=64, blocks=4, at_least={"LDG.E.NA.128": 2}),
+    Case("silu float16 -> fp8_row", registers=64, blocks=4, at_least={"LDG.E.NA.128": 4}),
     Case("int4_g128 -> float16", registers=40, blocks=6, at_least={"STG.E.(64|128)": 1}),
     Case("nvfp4 -> bfloat16", registers=40, blocks=6, at_least={"STG.E.(64|128)": 1}),
 )  # fmt: skip

@@ -17,7 +17,7 @@ import lowbit as lb
 from lowbit import kernels
 from lowbit.formats import Format, reference, scaling
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import dequantize, quantize
+from lowbit.kernels.cuda import dequantize, fused, quantize
 from lowbit.kernels.cuda.launch import Device, Source
 from lowbit.kernels.declare import Epilogue, Problem
 
@@ -105,6 +105,18 @@ def conversions(recorder: Recorder, formats: Iterable[str]) -> None:
             dequantize.dequantize_to(packed(fmt, values.shape), values)
 
 
+def layers(recorder: Recorder, formats: Iterable[str]) -> None:
+    """Launch what quantizes the results of a layer as it computes them."""
+    for name, dtype in itertools.product(formats, HALVES):
+        fmt, values = lb.format(name), np.zeros((64, 4096), DTYPES[dtype])
+        with recorder.asked_by(f"silu(gate) * up, {dtype} -> {name}"):
+            fused.silu_mul_quantize(values, values, fmt)
+        for residual in (None, values):
+            added = "" if residual is None else " of x + residual"
+            with recorder.asked_by(f"rmsnorm{added}, {dtype} -> {name}"):
+                fused.rmsnorm_quantize(values, values[0], 1e-6, fmt, residual)
+
+
 @cache
 def shipped(arch: str) -> dict[Source, str]:
     """Kernels whose machine code comes with the package, and what each is for."""
@@ -120,4 +132,5 @@ def audited(arch: str) -> dict[Source, str]:
     recorder = Recorder(DEVICES[arch])
     products(recorder, AUDITED)
     conversions(recorder, sorted({work.w for work in AUDITED}))
+    layers(recorder, ("int8_row", "fp8_row", "mxfp8"))
     return recorder.sources
