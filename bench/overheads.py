@@ -20,6 +20,7 @@ import time
 import timeit
 import tracemalloc
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,73 @@ def calls() -> list[Figure]:
     return figures
 
 
+# CuPy's own arrays on host memory, and launches that do nothing, take no GPU and no driver.
+DEVICE_CALLS = """
+import itertools, timeit
+import cupy
+import numpy as np
+import lowbit as lb
+from lowbit import device
+from lowbit.kernels.cuda import launch
+
+memory = np.zeros(1 << 20, np.uint8)
+owner = cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, 0)
+places = itertools.cycle([cupy.cuda.MemoryPointer(owner, i << 14) for i in range(64)])
+cupy.cuda.set_allocator(lambda size: next(places))
+cupy.cuda.runtime.getDevice = lambda: 0
+
+class Idle:
+    device = launch.Device(90, 132)
+    def function(self, source):
+        return lambda grid, block, args, *, shared_mem=0: None
+    def empty(self, shape, dtype):
+        return cupy.empty(shape, dtype)
+    zeros = empty
+    def counters(self, count):
+        return cupy.empty((count,), np.int32)
+    def address(self, array):
+        return array.data.ptr
+
+idle = Idle()
+launch.machine_of = lambda array: idle
+held = lb.quantize(np.ones((64, 64), np.float32), "int4_g32")
+weight = held._with(device.changed(held._rows(), lambda a: cupy.empty(a.shape, a.dtype)))
+device._gpu(0, cupy)
+x, out = cupy.empty((1, 64), np.float16), cupy.empty((1, 64), np.float32)
+w = weight.T
+plan, bound = lb.plan(x, w), lb.plan(x, w, out=out)
+product = plan._product
+calls = (
+    lambda: product.execute(x, plan._after, out), lambda: plan(x), lambda: bound(x),
+    lambda: lb.matmul(x, w), lambda: x @ weight.T,
+)
+for call in calls:
+    call()
+    print(min(timeit.repeat(call, number=100, repeat=200)) * 1e4)
+"""
+
+
+def device_calls() -> list[Figure]:
+    """Host time of a product on a GPU, to the launch and back; none where CuPy is missing."""
+    if find_spec("cupy") is None:
+        return []
+    run = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", DEVICE_CALLS],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = (
+        ("GPU: the kernel's own part of 1x64x64", 3.0),
+        ("GPU: plan 1x64x64", 5.0),
+        ("GPU: plan 1x64x64, out", 5.0),
+        ("GPU: matmul 1x64x64", 8.0),
+        ("GPU: x @ w.T 1x64x64", 10.0),
+    )
+    values = map(float, run.stdout.split())
+    return [Figure(n, v, "us", limit) for (n, limit), v in zip(names, values, strict=True)]
+
+
 # Both tiles wait until the other one has begun, so both threads are there when the job is over.
 MEET = """
 define void @meet(ptr %count, i64 %tile, ptr %scratch) {
@@ -215,7 +283,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    figures = [import_ratio(), *first_calls(), numba_imports(), *calls(), *hand_off()]
+    figures = [import_ratio(), *first_calls(), numba_imports(), *calls(), *device_calls()]
+    figures += hand_off()
     figures.append(against_numpy())
     figures += [peak_memory(f) for f in ("int4_g128", "int8_row", "fp8", "nvfp4", "int8_tensor")]
     for figure in figures:

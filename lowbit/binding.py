@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lowbit import cuda_interop, interop, kernels
 from lowbit import device as places
 from lowbit.array import QArray
+from lowbit.device import address
 from lowbit.dispatch import (
     Operand,
     Options,
@@ -27,8 +28,6 @@ from lowbit.formats import reference
 from lowbit.formats.codes import rounded
 from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Problem
-from lowbit.kernels.cpu import pool
-from lowbit.kernels.cpu.pool import address
 from lowbit.kernels.declare import NOT_FINITE, FusedBind
 from lowbit.kernels.reference import finish
 from lowbit.kernels.words16 import Words16
@@ -132,19 +131,12 @@ def apart(target: Array, x: Any, after: Epilogue) -> bool:
 
 
 def key_of(
-    shape: tuple[int, ...],
-    kind: Any,
-    w: QArray,
-    options: Options,
-    turned: bool = False,
-    mark: Any = None,
+    shape: tuple[int, ...], kind: Any, w: QArray, options: Options, mark: int, turned: bool = False
 ) -> tuple[Any, ...]:
-    """What a weight remembers a bound product by; `kind` is the dtype of a dense x.
+    """What a weight remembers a bound product by.
 
-    `mark` is that of the place that x is in; None is the host.
+    `kind` is the dtype of a dense x, `mark` is that of the place.
     """
-    if mark is None:
-        mark = pool.get_num_threads()
     return shape, kind, w._transposed, w._vector, options, turned, mark
 
 
@@ -161,7 +153,7 @@ def find(left: Operand, right: Operand, options: Options, most: int = _MOST_PROD
     kind: Any = x.dtype
     if isinstance(x, QArray):
         kind = x.format, kind, x._transposed, x._vector, rearranged(x)
-    key = key_of(x.shape, kind, w, options, turned, w._place.mark())
+    key = key_of(x.shape, kind, w, options, w._place.mark(), turned)
     plans = w._content.plans
     found: Product | None = plans.get(key)
     if found is None:

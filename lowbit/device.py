@@ -20,11 +20,15 @@ import numpy.typing as npt
 from lowbit.formats import Format, reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cpu import pool
+from lowbit.kernels.cpu.pool import address as address  # of an array of the host
 
 Array = npt.NDArray[Any]  # of NumPy or of CuPy, whose dtypes are NumPy's
 
 INSTALL = 'pip install "lowbit[cuda13]" ([cuda12] for CUDA 12)'
 _LEAST = 1 << 12  # numbers; for fewer it does not pay to load a kernel of the host
+
+
+_HERE: AbstractContextManager[Any] = nullcontext()
 
 
 class Host:
@@ -36,9 +40,8 @@ class Host:
     prepares: Final = True
     """Whether kernels like other arrangements of codes than rows."""
 
-    def mark(self) -> Any:
-        """What tells products bound in one place, or for so many threads, from others."""
-        return pool.get_num_threads()
+    mark = staticmethod(pool.get_num_threads)
+    """What tells products bound in one place, or for so many threads, from others."""
 
     def threads(self) -> int:
         """Threads that a kernel may use."""
@@ -58,7 +61,7 @@ class Host:
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this the place that new memory and launches belong to."""
-        return nullcontext()
+        return _HERE
 
     def quantize(
         self,
@@ -101,7 +104,7 @@ class Gpu:
         self.number, self.xp = number, cupy
         self.name = f"cuda:{number}"
 
-    def mark(self) -> Any:
+    def mark(self) -> int:
         """As `Host.mark`: a number that no number of threads is."""
         return -1 - self.number
 
@@ -134,7 +137,7 @@ class Gpu:
         """As `Host.current`."""
         cuda = self.xp.cuda
         if cuda.runtime.getDevice() == self.number:
-            return nullcontext()
+            return _HERE
         switched: AbstractContextManager[Any] = cuda.Device(self.number)
         return switched
 

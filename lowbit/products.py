@@ -26,6 +26,8 @@ from lowbit.quantizing import quantize
 
 Array = npt.NDArray[Any]
 
+_host_mark = places.HOST.mark  # looked up once
+
 
 def matmul(
     x: Any,
@@ -111,8 +113,8 @@ def matmul(
         # but shapes, dtypes and options.
         plain = bias is None and activation is None
         options = PLAIN if plain else Options(activation=activation, bias=bias is not None)
-        mark = None if kind is np.ndarray else -1 - x.data.device_id
-        product = w._content.plans.get(key_of(x.shape, x.dtype, w, options, False, mark))
+        mark = _host_mark() if kind is np.ndarray else -1 - x.data.device_id
+        product = w._content.plans.get(key_of(x.shape, x.dtype, w, options, mark))
         if product is not None:
             after = BARE
             if not plain or type(alpha) is not float or alpha != 1:
@@ -222,7 +224,8 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
     w_side, x_side = (right, left) if isinstance(right, QArray) else (left, right)
     assert isinstance(w_side, QArray)
     held = x_side._parts.codes if isinstance(x_side, QArray) else x_side
-    places.on(w_side._place, held, "x")
+    if not (w_side._place is places.HOST and type(held) is np.ndarray):
+        places.on(w_side._place, held, "x")
     return left, right, origin
 
 
