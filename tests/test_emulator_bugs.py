@@ -194,8 +194,8 @@ def test_a_launch_after_one_that_failed(emulator: Emulator):
         lb::cp_async<4>(&x[threadIdx.x], out, 4);
         lb::cp_async_commit();
         if (out[0] && threadIdx.x == 9) __trap();
-        __syncthreads();
         lb::cp_async_wait<0>();
+        __syncthreads();
         if (threadIdx.x == 0) out[1] = x[5] + 1;
     }
     """

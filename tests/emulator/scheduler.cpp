@@ -40,8 +40,11 @@ std::vector<void (*)()>& resets() {
 template <class T> void shuffle(std::vector<T>& v) {
     for (size_t i = v.size(); i > 1; --i) std::swap(v[i - 1], v[draw() % i]);
 }
+// In one block of two, some warps are seldom drawn while others can go on: those run far ahead.
+u32 slow_warps;
 Lane* take_ready() {
-    const size_t i = draw() % ready.size();
+    size_t i = draw() % ready.size();
+    for (int tries = 0; tries < 8 && slow_warps >> ready[i] / 32 & 1 && draw() % 32; ++tries) i = draw() % ready.size();
     Lane* lane = &lanes[ready[i]];
     ready[i] = ready.back();
     ready.pop_back();
@@ -145,6 +148,7 @@ void run_block(const Launch& launch) {
         lane.groups.clear(), lane.uncommitted.clear();
         wake(lane);
     }
+    slow_warps = coin() ? u32(draw()) : 0;
     resume(take_ready(), &main_sp);
 }
 
