@@ -21,6 +21,8 @@ from lowbit.kernels.declare import format_bytes
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE.parent / "bench" / "results"
+AUDIT = HERE.parent / "tests" / "audit" / "table.json"
+AUDITED_ROWS = (1, 64, 512)  # of x, that are shown
 MARKS = "<!-- formats: generated -->", "<!-- end of formats -->"
 
 
@@ -165,6 +167,40 @@ def demo() -> str:
     return rst(headings, body) + "\n" + note
 
 
+def audit() -> str:
+    """What kernels take on each architecture, of the committed table of `make audit`."""
+    record = json.loads(AUDIT.read_text())
+    archs = [name for name in record if name != "nvrtc"]
+    kinds: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for arch in archs:
+        for each in record[arch].values():
+            rows = re.search(r"M = (\d+)", each["for"])
+            if rows and int(rows[1]) not in AUDITED_ROWS:
+                continue
+            found = kinds.setdefault((each["for"], each["kernel"]), {})
+            # Of several for one purpose, with and without shared columns, the one that takes most.
+            if arch not in found or found[arch]["registers"] < each["registers"]:
+                found[arch] = each
+    body = [
+        [
+            purpose.partition(", matmul")[0],
+            f"`{kernel}`",
+            *(taken(found[arch]) if arch in found else "" for arch in archs),
+        ]
+        for (purpose, kernel), found in kinds.items()
+    ]
+    version = ".".join(map(str, record["nvrtc"]))
+    counts = ", ".join(f"{len(record[arch])} for {arch}" for arch in archs)
+    note = f"NVRTC {version}; kernels looked at: {counts}. No stack, no spilled register.\n"
+    return rst(["for", "kernel", *archs], body) + "\n" + note
+
+
+def taken(kernel: dict[str, Any]) -> str:
+    """Registers, shared memory, blocks, bytes in flight."""
+    shared, flying = (f"{kernel[name] / 1024:.0f}" for name in ("shared", "in flight"))
+    return f"{kernel['registers']}, {shared}, {kernel['blocks']}, {flying}"
+
+
 def readme() -> str:
     """README.md with a fresh table."""
     start, end = MARKS
@@ -185,6 +221,7 @@ def write() -> None:
         "figures.txt": figures(),
         "cpu.txt": cpu(),
         "demo.txt": demo(),
+        "audit.txt": audit(),
     }
     for name, text in pages.items():
         path = folder / name
