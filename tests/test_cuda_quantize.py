@@ -380,7 +380,12 @@ def test_given_scales_that_carry_quotients_out_of_range(emulator: Emulator) -> N
     """Infinite quotients saturate, as the division that overflows does."""
     x = np.array([[1e30, -1e30, 3e38, 1e-10, 0, -3e38, 1e20, 2.0**-100]], np.float32)
     for scale in (1e-20, 1e-9, 1e-38, 1e-44, 3e38):
-        check(emulator, lb.format("int8_tensor"), x, scale=np.float64(scale))
+        check(emulator, lb.format("int8_tensor"), x, scale=np.asarray(scale))
+    check(emulator, lb.format("nvfp4"), x, scale=np.asarray(1e-30))
+    # A zero point that brings a quotient of 2**100 back into range.
+    x[0, :4] = 2.0**29
+    scale, zero = np.asarray(2.0**-71), np.asarray(-(2.0**100))
+    check(emulator, lb.format("uint4_row_zf32"), x, scale=scale, zero=zero)
 
 
 # What is left to the reference.

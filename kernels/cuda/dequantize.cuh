@@ -82,13 +82,13 @@ dequantize_rows(const u8* __restrict__ codes, i64 codes_pitch, int codes_align, 
     const int lanes = 1 << log_lanes;
     const i64 row = i64(blockIdx.x) * (256 >> log_lanes) + (threadIdx.x >> log_lanes);
     if (row >= rows) return;
-    const i64 blocks = quotient(row, tall) * across;
+    const i64 blocks = whole_quotient(row, tall) * across;
     for (i64 column = 8 * (i64(blockIdx.y) * lanes + (threadIdx.x & (lanes - 1))); column < columns;
          column += 8 * lanes * i64(gridDim.y)) {
         const int count = int(min(columns - column, i64(8)));
         const u8* at = codes + row * codes_pitch + column / 8 * width;
         const u64 stream = load_bytes<width>(at, (count * width + 7) / 8, codes_align);
-        const i64 first = quotient(column, wide);
+        const i64 first = whole_quotient(column, wide);
         Octet<Out> octet{};
         if (column + count <= (first + 1) * wide) {
             const Of block(scales, zeros, biases, second, blocks + first);
@@ -99,7 +99,7 @@ dequantize_rows(const u8* __restrict__ codes, i64 codes_pitch, int codes_align, 
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 if (i >= count) break;
-                const Of block(scales, zeros, biases, second, blocks + quotient(column + i, wide));
+                const Of block(scales, zeros, biases, second, blocks + whole_quotient(column + i, wide));
                 octet.put(i, value_of<F, Out>(unpack<width>(stream, i), block, second));
             }
         }

@@ -106,7 +106,7 @@ def declare(spec: Spec) -> str:
         f"    using Zero = {zero_type};\n"
         f"    static constexpr bool bias = {_word(spec.bias)}, "
         f"tensor_scale = {_word(spec.tensor_scale)}, apart = {_word(spec.apart)}, "
-        f"quick = {_word(_smallest(element) >= 2.0**-30)};\n"
+        f"quick = {_word(_quick(element))};\n"
         f"    static constexpr lb::quant::Rule rule = lb::quant::Rule::"
         f"{_RULES.get(spec.rule, 'signed_max' if spec.rule == 'signed_max' else 'absmax')};\n"
         f"    static constexpr int exponent = {scaling.largest_exponent(element)}, "
@@ -174,9 +174,10 @@ def edges(element: Element) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return np.where(above, np.nextafter(narrow, np.float32(-np.inf)), narrow)
 
 
-def _smallest(element: Element) -> float:
-    """Numbers of a smaller magnitude have the code of a zero of their sign."""
-    return float(np.abs(edges(element)).min(initial=np.inf))
+def _quick(element: Element) -> bool:
+    """Whether only quotients of usual sizes have codes of their own."""
+    smallest = float(np.abs(edges(element)).min(initial=np.inf))
+    return smallest >= 2.0**-30 and max(element.max, -element.min) <= 2.0**90
 
 
 def _table(element: Element, name: str) -> str:

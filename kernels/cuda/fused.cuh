@@ -44,7 +44,7 @@ template <int Threads> LB_DEV float block_sum(float v) {
 // divided by the root of its mean square, times the weight. Blocks of scales are the row, or, if Grouped,
 // 2^log_group octets.
 template <class F, class X, class W, int Threads, int Held, bool Residual, bool Grouped>
-__global__ void __launch_bounds__(Threads)
+__global__ void __launch_bounds__(Threads, resident<F, X, Threads, Held>)
 rmsnorm_rows(const u8* __restrict__ x, i64 x_pitch, int x_align, const u8* __restrict__ residual, i64 residual_pitch,
              int residual_align, u8* __restrict__ updated, i64 updated_pitch, int updated_align,
              const u8* __restrict__ weight, int weight_align, float epsilon, u8* __restrict__ codes, i64 codes_pitch,
@@ -103,7 +103,7 @@ rmsnorm_rows(const u8* __restrict__ x, i64 x_pitch, int x_align, const u8* __res
         const int group = Grouped ? place >> log_group : 0;
         const bool writes = Grouped ? place == group << log_group : place == 0;
         const Coder coder = block_parts<F>(found, 1.f, parts, row * across + group, writes, flag);
-        const u64 stream = encode<F>(octet[h], count, coder, coder.quick<F>(largest(found)));
+        const u64 stream = encode<F, F::tensor_scale>(octet[h], count, coder);
         store_codes<F>(codes + row * codes_pitch, column, count, codes_align, stream);
     }
 }

@@ -52,16 +52,20 @@ quantize_groups(const u8* __restrict__ x, const u8* __restrict__ y, i64 x_pitch,
             across_lanes(found, 1 << log_group);
             if (!valid) continue;  // no lane is waited for within the block's last row
             const Coder coder = block_parts<F>(found, factor, parts, row * across + group, begin == 0, flag);
-            const u64 stream = encode<F>(octet[u], count, coder, coder.quick<F>(largest(found)));
+            const u64 stream = encode<F, F::tensor_scale>(octet[u], count, coder);
             store_codes<F>(codes + row * codes_pitch, column, count, codes_align, stream);
         }
     }
 }
 
+// Thread blocks that a multiprocessor is to hold: room for 1024 threads where numbers take few registers.
+template <class F, class X, int Threads, int Held>
+constexpr int resident = Held * Octet<X>::words <= 16 ? (F::Element::searched ? 768 : 1024) / Threads : 1;
+
 // A thread block owns a block of `tall` rows and `wide` columns, a multiple of 8 (or whole rows), which
 // are no more than Held octets a thread.
 template <class F, class Input, int Threads, int Held>
-__global__ void __launch_bounds__(Threads)
+__global__ void __launch_bounds__(Threads, resident<F, typename Input::X, Threads, Held>)
 quantize_tiles(const u8* __restrict__ x, const u8* __restrict__ y, i64 x_pitch, i64 y_pitch, i64 step, int align,
                u8* __restrict__ codes, i64 codes_pitch, int codes_align, void* scales, void* zeros, void* biases,
                const float* __restrict__ second, u32* flag, i64 rows, i64 columns, i64 across, i64 tall, i64 wide) {
@@ -87,12 +91,11 @@ quantize_tiles(const u8* __restrict__ x, const u8* __restrict__ y, i64 x_pitch, 
         if (row[h] < high) take(found, octet[h]);
     across_block<Threads>(found);
     const Coder coder = block_parts<F>(found, factor, parts, blockIdx.x * across + blockIdx.y, threadIdx.x == 0, flag);
-    const bool quick = coder.quick<F>(largest(found));
 #pragma unroll
     for (int h = 0; h < Held; ++h) {
         if (row[h] >= high) continue;
         const int count = min(width - column[h], 8);
-        const u64 stream = encode<F>(octet[h], count, coder, quick);
+        const u64 stream = encode<F, F::tensor_scale>(octet[h], count, coder);
         store_codes<F>(codes + (top + row[h]) * codes_pitch, left + column[h], count, codes_align, stream);
     }
 }

@@ -12,11 +12,11 @@ __global__ void __launch_bounds__(256)
 extremes(const u8* __restrict__ x, i64 pitch, i64 step, int align, u32* most, u32* rest, i64 rows, i64 columns,
          i64 tall, i64 wide, i64 across, i64 part_rows, i64 part_columns, i64 row_parts, i64 column_parts) {
     const i64 down = i64(blockIdx.x) * 8 + warp();  // parts of rows of blocks
-    const i64 block_row = quotient(down, row_parts);
+    const i64 block_row = whole_quotient(down, row_parts);
     const i64 top = block_row * tall + (down - block_row * row_parts) * part_rows;
     const i64 bottom = min(min(top + part_rows, block_row * tall + tall), rows);
     for (i64 right = blockIdx.y; right < across * column_parts; right += gridDim.y) {
-        const i64 block_column = quotient(right, column_parts);
+        const i64 block_column = whole_quotient(right, column_parts);
         const i64 left = block_column * wide + (right - block_column * column_parts) * part_columns;
         const i64 end = min(min(left + part_columns, block_column * wide + wide), columns);
         if (top >= bottom || left >= end) continue;  // all of the warp
@@ -68,7 +68,7 @@ given_rule(const u32* __restrict__ most, const u32* __restrict__ rest, void* sca
     using Zero = typename F::Zero;
     const i64 index = i64(blockIdx.x) * 256 + threadIdx.x;
     if (index >= blocks) return;
-    const i64 row = quotient(index, across), column = index - row * across;
+    const i64 row = whole_quotient(index, across), column = index - row * across;
     bool bad = false;
     const double wanted = scale[row * scale_row + column * scale_column];
     typename Scale::Stored stored;
@@ -137,12 +137,13 @@ encode_rows(const u8* __restrict__ x, i64 pitch, i64 step, int align, u8* __rest
         float offset = 0.f;
         if constexpr (F::bias) offset = kept<Scale>(biases, index);
         if constexpr (Zero::present) offset = kept<Zero>(zeros, index);
-        return Coder(step_of<F>(static_cast<const typename Scale::Stored*>(scales)[index], factor, bad), offset);
+        const auto stored = static_cast<const typename Scale::Stored*>(scales)[index];
+        return Coder(step_of<F>(stored, factor, bad), offset, multiplies<F, true>);
     };
     const int lanes = 1 << log_lanes;
     const i64 row = i64(blockIdx.x) * (256 >> log_lanes) + (threadIdx.x >> log_lanes);
     if (row >= rows) return;
-    const i64 blocks = quotient(row, tall) * across;
+    const i64 blocks = whole_quotient(row, tall) * across;
     for (i64 column = 8 * (i64(blockIdx.y) * lanes + (threadIdx.x & (lanes - 1))); column < columns;
          column += 8 * lanes * i64(gridDim.y)) {
         const int count = int(min(columns - column, i64(8)));
@@ -150,19 +151,19 @@ encode_rows(const u8* __restrict__ x, i64 pitch, i64 step, int align, u8* __rest
         Extremes<false> found;
         take(found, octet);
         bad |= !found.finite();
-        const i64 block = quotient(column, wide);
+        const i64 block = whole_quotient(column, wide);
         u64 stream = 0;
         if (column + count <= (block + 1) * wide) {
             const Coder coder = coder_of(blocks + block);
-            stream = encode<F>(octet, count, coder, coder.quick<F>(found.high()));
+            stream = encode<F, true>(octet, count, coder);
         } else {
             // Several blocks meet in the octet.
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 if (i >= count) break;
-                const Coder coder = coder_of(blocks + quotient(column + i, wide));
-                const float y = div(numerator<F>(octet.number(i), coder), coder.step);
-                stream |= u64(code_of<F>(y, coder)) << i * F::Element::width;
+                const Coder coder = coder_of(blocks + whole_quotient(column + i, wide));
+                const float v = mul(numerator<F>(octet.number(i), coder), coder.moved);
+                stream |= u64(code_of<F, true>(v, coder)) << i * F::Element::width;
             }
         }
         store_codes<F>(codes + row * codes_pitch, column, count, codes_align, stream);

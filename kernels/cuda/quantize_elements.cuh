@@ -8,6 +8,7 @@ namespace lb::quant {
 // Two's complement if Signed, times 2^Exponent.
 template <int Bits, bool Signed, int Exponent> struct Whole {
     static constexpr int width = Bits;
+    static constexpr bool searched = false;
     static LB_DEV u32 encode(float y) {
         constexpr float low = Signed ? -float(1 << (Bits - 1)) : 0.f, high = float((1 << (Bits - Signed)) - 1);
         if constexpr (Exponent != 0) y = mul(y, bits<float>(u32(127 - Exponent) << 23));
@@ -29,6 +30,7 @@ enum class Special { none, top_is_nan, ieee, minus_zero_is_nan };
 // Sign, exponent, mantissa.
 template <int Bits, int Mantissa, int Bias, Special Specials> struct Minifloat {
     static constexpr int width = Bits;
+    static constexpr bool searched = false;
     static constexpr u32 sign = 1u << (Bits - 1), place = 23 - Mantissa;
     static constexpr u32 top =  // the largest finite magnitude
         Specials == Special::ieee ? ((sign - 1) & ~((1u << Mantissa) - 1)) - 1 : sign - 1 - (Specials == Special::top_is_nan);
@@ -69,6 +71,7 @@ template <int Bits, int Mantissa, int Bias, Special Specials> struct Minifloat {
 // pattern(code), the float32 of a code.
 template <class T> struct Table {
     static constexpr int width = T::width;
+    static constexpr bool searched = true;  // in registers, which takes some
     static LB_DEV u32 encode(float y) {
         u32 code;
         if constexpr (T::distinct <= 16) {
@@ -104,6 +107,7 @@ template <class T> struct Table {
 // E8M0: 2^(code - 127).
 struct Power {
     static constexpr int width = 8;
+    static constexpr bool searched = false;
     static LB_DEV float decode(u32 code) {
         if (code == 255) return bits<float>(not_a_number);
         return bits<float>(code ? code << 23 : 0x00400000u);

@@ -87,6 +87,18 @@ template <class X> struct Octet {
     }
 };
 
+// Numbers may lie anywhere: those of a view of bytes begin at odd addresses.
+template <class T> LB_DEV T load_number(const u8* at) {
+    if (reinterpret_cast<u64>(at) % sizeof(T) == 0) return *reinterpret_cast<const T*>(at);
+    T number;
+    memcpy(&number, at, sizeof number);
+    return number;
+}
+template <class T> LB_DEV void store_number(u8* to, T number) {
+    if (reinterpret_cast<u64>(to) % sizeof(T) == 0) *reinterpret_cast<T*>(to) = number;
+    else memcpy(to, &number, sizeof number);
+}
+
 // The first `count` numbers from `at`, `step` bytes apart; others repeat the first one, which changes
 // no extreme. `align` is what the address of every octet of the array is a multiple of.
 template <class X> LB_DEV Octet<X> load(const u8* at, i64 step, int count, int align) {
@@ -103,7 +115,7 @@ template <class X> LB_DEV Octet<X> load(const u8* at, i64 step, int count, int a
         for (int i = 0; i < octet.words; ++i) octet.word[i] = *reinterpret_cast<const u32*>(at + 4 * i);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) octet.put(i, *reinterpret_cast<const Stored*>(at + (i < count ? i * step : 0)));
+        for (int i = 0; i < 8; ++i) octet.put(i, load_number<Stored>(at + (i < count ? i * step : 0)));
     }
     return octet;
 }
@@ -116,7 +128,7 @@ template <class X> LB_DEV void store(u8* to, const Octet<X>& octet, int count, i
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            if (i < count) reinterpret_cast<typename X::Stored*>(to)[i] = octet.stored(i);
+            if (i < count) store_number(to + i * sizeof(typename X::Stored), octet.stored(i));
     }
 }
 
@@ -169,9 +181,6 @@ template <> struct Extremes<true> {  // the largest number, and the complement o
     LB_DEV float high() const { return number(most); }
     LB_DEV float low() const { return number(~rest); }
 };
-template <bool Apart> LB_DEV float largest(const Extremes<Apart>& found) {
-    return fmaxf(fabsf(found.low()), fabsf(found.high()));
-}
 
 template <bool Apart, class X> LB_DEV void take(Extremes<Apart>& found, const Octet<X>& octet) {
 #pragma unroll
@@ -198,7 +207,7 @@ template <int Threads, bool Apart> LB_DEV void across_block(Extremes<Apart>& fou
 
 // a / b, of numbers that are not negative. 64-bit division is a call whose registers spill; what needs it
 // are arrays of 2^32 rows or columns.
-LB_DEV i64 quotient(i64 a, i64 b) {
+LB_DEV i64 whole_quotient(i64 a, i64 b) {
     if (((a | b) >> 32) == 0) return u32(a) / u32(b);
     u64 rest = 0, found = 0;
 #pragma unroll 1

@@ -5,7 +5,7 @@
 // kept, None without zero points); bias, tensor_scale, rule, apart (whether both extremes count, or the
 // largest magnitude alone); bottom, top, the values that the ends of a block map to; low, the smallest
 // value; levels, between the smallest and the largest value; exponent and mantissa, for the MX rules;
-// quick, whether its codes leave quotients below 2^-30 to the code of zero.
+// quick, whether quotients below 2^-30 have the code of a zero, and none above 2^90 one of its own.
 #pragma once
 #include "quantize_elements.cuh"
 
@@ -36,18 +36,21 @@ template <class T> struct Integers {  // zero points of a byte
     static LB_DEV Stored narrow(double v) { return u8(int(rint(fmin(fmax(v, double(T::low())), double(T::high()))))); }
 };
 
-// From numbers to codes: y = (x - bias) / step + zero.
+// Whether quotients are products with the reciprocal: not for elements that tell very small or very large
+// ones apart, nor where a zero point might bring a quotient of any size back into range.
+template <class F, bool Unbounded> constexpr bool multiplies = F::quick && !(Unbounded && F::Zero::present && !F::Zero::whole);
+
+// From numbers to codes: y = (x - bias) / step + zero. Where the step is no divisor for `quotient`, both
+// it and numerators are moved by a power of two, which is exact for all that do not saturate or vanish.
 struct Coder {
-    float step, inverse, offset;
-    LB_DEV Coder(float step_, float offset_) : step(step_), inverse(div(1.f, step_)), offset(offset_) {}
-    // Whether `scaled` may multiply by the reciprocal: neither it, nor remainders, nor quotients of
-    // magnitudes up to `most` leave float32's normal range. Numerators below 2^-100 lose remainders;
-    // their quotients are below 2^-30.
-    template <class F> LB_DEV bool quick(float most) const {
-        const float size = fabsf(step);
-        return F::quick && size >= bits<float>(57u << 23) && size <= bits<float>(227u << 23)  // 2^-70, 2^100
-            && fabsf(mul(most, inverse)) <= bits<float>(253u << 23);              // 2^126
+    float moved, step, inverse, offset;
+    LB_DEV Coder(float step_, float offset_, bool moves) : offset(offset_) {
+        const float size = fabsf(step_);
+        moved = !moves ? 1.f : size < power(-70) ? power(100) : size > power(100) ? power(-64) : 1.f;
+        step = mul(step_, moved);
+        inverse = div(1.f, step);
     }
+    static LB_DEV float power(int exponent) { return bits<float>(u32(127 + exponent) << 23); }
 };
 
 LB_DEV void refuse(u32* flag) { atomicExch(flag, 1u); }
@@ -111,7 +114,8 @@ template <class Kept> LB_DEV void keep(void* at, i64 index, typename Kept::Store
     static_cast<typename Kept::Stored*>(at)[index] = s;
 }
 template <class Kept> LB_DEV float kept(const void* at, i64 index) {
-    return Kept::number(static_cast<const typename Kept::Stored*>(at)[index]);
+    using Stored = typename Kept::Stored;
+    return Kept::number(load_number<Stored>(static_cast<const u8*>(at) + index * i64(sizeof(Stored))));
 }
 
 // Scales, zero points and biases of a matrix, a row of blocks after the other.
@@ -174,40 +178,44 @@ template <class F> LB_DEV Coder block_parts(const Extremes<F::apart>& found, flo
         if (writes) keep<Zero>(parts.zeros, index, zero);
     }
     if (writes && bad) refuse(flag);
-    return Coder(step, offset);
+    return Coder(step, offset, multiplies<F, F::tensor_scale>);
 }
 
-template <class F> LB_DEV u32 code_of(float quotient, const Coder& coder) {
-    if constexpr (F::Zero::present) quotient = add(quotient, coder.offset);
-    return F::Element::encode(quotient);
+// v / step, rounded once. Markstein: the product with the rounded reciprocal, mended by its exact remainder,
+// is the rounded quotient; the signs keep that of -0. It takes steps in [2^-70, 2^100] and quotients that
+// are no larger than 2^100. Numerators below 2^-100 lose remainders, but their quotients are below 2^-30.
+// Unbounded: larger quotients than the element's values may come, for which any will do.
+template <class F, bool Unbounded> LB_DEV float quotient(float v, const Coder& coder) {
+    if constexpr (!multiplies<F, Unbounded>) return div(v, coder.step);
+    const float guess = mul(v, coder.inverse);
+    const float mended = __fmaf_rn(-__fmaf_rn(coder.step, guess, -v), coder.inverse, guess);
+    if constexpr (Unbounded) return fabsf(guess) <= Coder::power(100) ? mended : guess;
+    return mended;
 }
-// The number that the step divides.
+// What is divided.
 template <class F> LB_DEV float numerator(float v, const Coder& coder) {
     if constexpr (F::bias) return sub(v, coder.offset);
     return v;
 }
+template <class F, bool Unbounded> LB_DEV u32 code_of(float numerator, const Coder& coder) {
+    float y = quotient<F, Unbounded>(numerator, coder);
+    if constexpr (F::Zero::present) y = add(y, coder.offset);
+    return F::Element::encode(y);
+}
 
 // The codes of the first `count` numbers; those of the others are 0.
-template <class F, class X> LB_DEV u64 encode(const Octet<X>& octet, int count, const Coder& coder, bool quick) {
+template <class F, bool Unbounded, class X> LB_DEV u64 encode(const Octet<X>& octet, int count, const Coder& coder) {
     constexpr int width = F::Element::width;
-    float y[8];
+    float v[8];
     u32 code[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] = numerator<F>(octet.number(i), coder);
-    if (quick) {
+    for (int i = 0; i < 8; ++i) v[i] = numerator<F>(octet.number(i), coder);
+    if (coder.moved != 1.f) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            // Markstein: the product with the rounded reciprocal, mended by its exact remainder, is
-            // the rounded quotient. The signs keep that of -0.
-            const float guess = mul(y[i], coder.inverse);
-            y[i] = __fmaf_rn(-__fmaf_rn(coder.step, guess, -y[i]), coder.inverse, guess);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) y[i] = div(y[i], coder.step);
+        for (int i = 0; i < 8; ++i) v[i] = mul(v[i], coder.moved);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) code[i] = code_of<F>(y[i], coder);
+    for (int i = 0; i < 8; ++i) code[i] = code_of<F, Unbounded>(v[i], coder);
     u64 stream = pack<width>(code);
     if (count < 8) stream &= ~(~u64(0) << count * width);
     return stream;
