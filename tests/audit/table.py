@@ -31,10 +31,11 @@ def keys(arch: str) -> dict[str, tuple[Source, str]]:
 def numbers(arch: str, source: Source, label: str) -> dict[str, int]:
     """Compile one kernel and look at what it takes."""
     usage = sass.usage(compile.nvrtc(source, arch), arch)
-    if usage.faults():
-        raise SystemExit(f"{arch} {label}, {source.name}: {'; '.join(usage.faults())}")
     shared = source.shared + usage.shared
     blocks = sass.blocks(arch, usage.registers, source.threads, shared)
+    faults = [*usage.faults(), *([] if blocks else ["no room for a block"])]
+    if faults:
+        raise SystemExit(f"{arch} {label}, {source.name}: {'; '.join(faults)}")
     return {
         "threads": source.threads,
         "registers": usage.registers,
