@@ -119,7 +119,8 @@ class ndarray:
     def __getitem__(self, index: Any) -> ndarray:
         indices = index if isinstance(index, tuple) else (index,)
         if any(isinstance(i, ndarray) for i in indices):
-            return _call(self.held.__getitem__, (index,), {}, self)
+            picked: ndarray = _call(self.held.__getitem__, (index,), {}, self)
+            return picked
         assert not any(isinstance(i, np.ndarray) for i in indices), "an index of NumPy"
         return ndarray(self.held[index], self.number)
 
