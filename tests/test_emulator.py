@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import emulator_build
 import ml_dtypes
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_a_kernel_runs(emulator: Emulator, seed):
     scale(emulator, x, y)
     assert np.array_equal(y, 3 * x)
     assert emulator.launches == ["scale<float>"]
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(emulator_build, "headers", lambda: None)
+    assert "CUDA's headers: install nvidia-cuda-runtime" in str(emulator_build.missing())
+    monkeypatch.setattr(emulator_build, "COMPILER", "no-such-compiler")
+    assert "no-such-compiler, which is not installed" in str(emulator_build.missing())
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "this is darwin" in str(emulator_build.missing())
+    with pytest.raises(EmulatorError, match="this is darwin"):
+        Emulator().function(source("__global__ void kernel() {}"))
 
 
 def test_new_memory(emulator: Emulator):
