@@ -275,7 +275,7 @@ def stream_context(place: Gpu, stream: Any) -> AbstractContextManager[Any]:
     """Make a stream current: CuPy's own, another library's, or the number of one."""
     cuda = place.xp.cuda
     context: AbstractContextManager[Any]
-    if isinstance(stream, cuda.Stream):
+    if hasattr(stream, "ptr") and hasattr(type(stream), "__enter__"):  # any of CuPy's kinds
         context = stream
         return context
     number = getattr(stream, "cuda_stream", stream)
