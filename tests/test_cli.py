@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli import app, diagnosis
 from lowbit.kernels.cpu import pool
-from lowbit.kernels.cuda import archive, compile
+from lowbit.kernels.cuda import archive, compile, gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,11 +190,13 @@ def cards(monkeypatch):
     """What a CuPy sees that stands in for the real one, as lowbit does among the packages."""
     found: list[dict[str, Any]] = []
     runtime = SimpleNamespace(
-        getDeviceCount=lambda: len(found), getDeviceProperties=lambda number: found[number]
+        getDeviceCount=lambda: len(found),
+        getDeviceProperties=lambda number: found[number],
+        driverGetVersion=lambda: 13020,
     )
     cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", SimpleNamespace())
+    monkeypatch.setattr(gpu, "cublas", lambda: None)
     monkeypatch.setattr(compile, "missing", lambda: "no NVRTC")
     monkeypatch.setattr(diagnosis, "CUPY", ("lowbit",))
     monkeypatch.setattr(diagnosis, "_cuda_driver", lambda: 13020)
@@ -213,11 +215,12 @@ def card(name, major, minor, processors, gib):
 
 def test_doctor_reads_the_devices(monkeypatch, cards):
     kept = archive.Archive((13, 0), {"a": (b"", ""), "b": (b"", "")})
-    monkeypatch.setattr(archive, "load", {"sm_90a": kept}.get)
+    monkeypatch.setattr(archive, "load", {"sm_90a": kept, "sm_80": kept}.get)
     cards += [
         card(b"H200", 9, 0, 132, 139.5),
         card(b"L40S", 8, 9, 142, 44),
         card(b"T4", 7, 5, 40, 15),
+        card(b"A10", 8, 6, 72, 22),
     ]
     found = {each.item: each for each in diagnosis._gpu()}
     assert found["gpu"].value == f"driver for CUDA 13.2, lowbit {lowbit.__version__}"
@@ -228,6 +231,7 @@ def test_doctor_reads_the_devices(monkeypatch, cards):
     assert found["gpu 1"].value.endswith("8.9, 142 multiprocessors, 44.0 GiB; kernels are compiled "
         "on first use")  # fmt: skip
     assert found["gpu 2"].remedy == "kernels want compute capability 8.0 or more"
+    assert found["gpu 3"].value.endswith("22.0 GiB; machine code of 2 kernels comes with lowbit")
     assert found["nvrtc"].remedy == "no NVRTC"
     assert found["cublas"].value == "found"
     assert all(each.usable for each in found.values()), "the CPU still works"
@@ -244,10 +248,11 @@ def test_doctor_looks_for_what_compiles_kernels(monkeypatch):
     assert diagnosis._nvrtc().value == "13.0, CUDA's headers in theirs"
     monkeypatch.setattr(compile, "missing", lambda: 'pip install "lowbit[cuda13]"')
     assert diagnosis._nvrtc().remedy == 'pip install "lowbit[cuda13]"'
-    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", None)
-    assert diagnosis._cublas("cuda12").remedy == "pip install 'lowbit[cuda12]'"
-    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", SimpleNamespace())
-    assert diagnosis._cublas("cuda12").remedy is None
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
+    assert diagnosis._cublas().remedy == f"cuBLAS is not found: {compile.remedy()}"
+    libraries = SimpleNamespace(cublas=None)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
+    assert diagnosis._cublas().remedy is None
 
 
 def test_doctor_outlives_a_broken_cupy(monkeypatch, cards):

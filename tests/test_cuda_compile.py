@@ -112,6 +112,9 @@ def test_code_of_the_package_needs_no_compiler(folder, monkeypatch):
     assert compile.cubin(TWICE, 80) == (b"code", "name")
     assert compile.cubin(TWICE, 86, driver=13020) == (b"code", "name"), "8.6 runs code of 8.0"
     assert not folder.exists()
+    counted = [compile.packaged(80), compile.packaged(86, 13000), compile.packaged(80, 12090)]
+    assert counted == [1, 1, 0]
+    assert compile.packaged(90) == 0
     another_process(monkeypatch)
     with pytest.raises(AssertionError, match="NVRTC was asked"):
         compile.cubin(TWICE, 89)

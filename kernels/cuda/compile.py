@@ -209,11 +209,21 @@ def _runs_too(capability: int) -> tuple[str, ...]:
     return ("sm_80",) if capability == 86 else ()
 
 
-def _shipped(source: Source, arch: str, driver: int | None) -> Cubin | None:
+def packaged(capability: int, driver: int | None = None) -> int:
+    """Return how many kernels the package has machine code of, for a GPU and its driver."""
+    found = [_usable(arch, driver) for arch in (architecture(capability), *_runs_too(capability))]
+    return sum(len(made.cubins) for made in found if made is not None)
+
+
+def _usable(arch: str, driver: int | None) -> archive.Archive | None:
     made = archive.load(arch)
-    if made is None or (driver is not None and driver // 1000 < made.nvrtc[0]):
-        return None
-    found = made.cubins.get(key(source, arch))
+    old = made is not None and driver is not None and driver // 1000 < made.nvrtc[0]
+    return None if old else made
+
+
+def _shipped(source: Source, arch: str, driver: int | None) -> Cubin | None:
+    made = _usable(arch, driver)
+    found = None if made is None else made.cubins.get(key(source, arch))
     return None if found is None else Cubin(*found)
 
 

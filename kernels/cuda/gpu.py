@@ -114,22 +114,22 @@ class Gpu:
             raise ValueError(f"matmul: cuBLAS counts to {_MOST}, got {m} x {k} and {n} x {k}")
         if not (m and n and k):
             return self.zeros((m, n), np.float32)
-        cublas, runtime = _cublas(), self._cupy.cuda.runtime
+        blas, runtime = cublas(), self._cupy.cuda.runtime
         if x.dtype == np.float32:
             # Pedantic: no TF32, whatever the process has switched on.
-            number, computed = runtime.CUDA_R_32F, cublas.CUBLAS_COMPUTE_32F_PEDANTIC
+            number, computed = runtime.CUDA_R_32F, blas.CUBLAS_COMPUTE_32F_PEDANTIC
         else:
-            number, computed = runtime.CUDA_R_16BF, cublas.CUBLAS_COMPUTE_32F
+            number, computed = runtime.CUDA_R_16BF, blas.CUBLAS_COMPUTE_32F
         one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         out = self.empty((m, n), np.float32)
         # cuBLAS counts columns first, so it sees every array transposed: out.T = w x.T.
         w_turned, w_pitch = _pitch(w, "w")
         x_turned, x_pitch = _pitch(x, "x")
         with self._cupy.cuda.Device(self._id) as device:
-            cublas.gemmEx(
+            blas.gemmEx(
                 device.cublas_handle,
-                cublas.CUBLAS_OP_N if w_turned else cublas.CUBLAS_OP_T,
-                cublas.CUBLAS_OP_T if x_turned else cublas.CUBLAS_OP_N,
+                blas.CUBLAS_OP_N if w_turned else blas.CUBLAS_OP_T,
+                blas.CUBLAS_OP_T if x_turned else blas.CUBLAS_OP_N,
                 n,
                 m,
                 k,
@@ -145,7 +145,7 @@ class Gpu:
                 runtime.CUDA_R_32F,
                 n,
                 computed,
-                cublas.CUBLAS_GEMM_DEFAULT,
+                blas.CUBLAS_GEMM_DEFAULT,
             )
         return out
 
@@ -184,12 +184,13 @@ class _Loaded:
                 self._function(grid, block, args, shared_mem)
 
 
-def _cublas() -> Any:
+def cublas() -> Any:
+    """Return CuPy's binding of cuBLAS, which CuPy finds where pip or a toolkit has put it."""
     try:
-        from cupy_backends.cuda.libs import cublas
+        from cupy_backends.cuda.libs import cublas as found
     except ImportError as error:
         raise ImportError(f"cuBLAS is not found: {compile.remedy()}") from error
-    return cublas
+    return found
 
 
 def _pitch(array: Any, name: str) -> tuple[bool, int]:

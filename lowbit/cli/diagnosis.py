@@ -223,7 +223,7 @@ def _gpu() -> Iterator[Finding]:
     else:
         yield from _devices(f"driver for CUDA {cuda}, {package} {_installed(package)}", extra)
         yield _nvrtc()
-        yield _cublas(extra)
+        yield _cublas()
 
 
 def _devices(value: str, extra: str) -> Iterator[Finding]:
@@ -242,11 +242,11 @@ def _devices(value: str, extra: str) -> Iterator[Finding]:
         return
     yield Finding("gpu", value if found else f"{value}: no device")
     for number, each in enumerate(found):
-        yield _device(number, each)
+        yield _device(number, each, runtime.driverGetVersion())
 
 
-def _device(number: int, properties: dict[str, Any]) -> Finding:
-    from lowbit.kernels.cuda import archive, compile
+def _device(number: int, properties: dict[str, Any], driver: int) -> Finding:
+    from lowbit.kernels.cuda import compile
 
     major, minor = properties["major"], properties["minor"]
     value = (
@@ -256,11 +256,11 @@ def _device(number: int, properties: dict[str, Any]) -> Finding:
     )
     if major < 8:
         return Finding(f"gpu {number}", value, "kernels want compute capability 8.0 or more")
-    kept = archive.load(compile.architecture(10 * major + minor))
-    if kept is None:
-        value += "; kernels are compiled on first use"
+    kept = compile.packaged(10 * major + minor, driver)
+    if kept:
+        value += f"; machine code of {kept} kernels comes with lowbit"
     else:
-        value += f"; machine code of {len(kept.cubins)} kernels comes with lowbit"
+        value += "; kernels are compiled on first use"
     return Finding(f"gpu {number}", value)
 
 
@@ -275,14 +275,14 @@ def _nvrtc() -> Finding:
     return Finding("nvrtc", f"{major}.{minor}, CUDA's headers in {compile.includes()[1]}")
 
 
-def _cublas(extra: str) -> Finding:
+def _cublas() -> Finding:
     """Look for what computes the products that no kernel takes."""
+    from lowbit.kernels.cuda import gpu
+
     try:
-        importlib.import_module("cupy_backends.cuda.libs.cublas")
-    except ImportError:
-        return Finding(
-            "cublas", "not found; some products have no other way", f"pip install 'lowbit[{extra}]'"
-        )
+        gpu.cublas()
+    except ImportError as error:
+        return Finding("cublas", "not found; some products have no other way", str(error))
     return Finding("cublas", "found")
 
 
