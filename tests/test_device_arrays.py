@@ -1,7 +1,9 @@
 """Arrays on a GPU, on machines without one: CuPy's rules on NumPy's memory, kernels emulated."""
 
 import pickle
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import fake_cupy
@@ -14,6 +16,7 @@ import lowbit as lb
 from lowbit import device as places
 from lowbit.kernels.cuda import launch
 
+README = Path(__file__).parent.parent / "README.md"
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 64)).astype(np.float32)
 FORMATS = ["int4_g32", "fp8_g32", "uint4_g32_asym", "mxfp4", "nvfp4", "int4_4x32", "int4_g32_bias"]
@@ -384,6 +387,17 @@ def test_x_is_quantized_on_the_way(machine, cupy):
     w = weight()
     got = lb.linear(cupy.asarray(X), w.to_device("cuda"), x_format="int8_row")
     np.testing.assert_array_equal(got.get(), lb.linear(X, w, x_format="int8_row"))
+
+
+def test_the_readmes_lines_for_a_gpu_run(machine, cupy):
+    _, code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    names: dict[str, Any] = {"lb": lb, "weight": RNG.normal(size=(512, 512))}
+    exec(compile(code.replace("4096", "512"), "README.md", "exec"), names)
+    assert isinstance(names["y"], cupy.ndarray)
+    values = names["w"].to_device("cpu").dequantize(np.float64)
+    # Ones times values, which are rounded to bfloat16 at most, and the sum to float16.
+    bound = (2.0**-8 * 1.01 + 2.0**-10) * abs(values).sum(1)
+    assert (abs(names["y"].get() - values.sum(1)) <= bound).all()
 
 
 def test_every_name_of_the_stand_in_is_one_of_cupys():
