@@ -133,6 +133,17 @@ def test_backends_do_not_know_each_other():
             assert crossing == set(), path
 
 
+# What looks at machines themselves: one module for arrays, the measuring of rates, public names.
+MEETS_BACKENDS = {"device.py", "tuning.py", "__init__.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lowbit").glob("*.py")), ids=lambda p: p.name)
+def test_arrays_meet_backends_in_one_module(path):
+    backends = ("lowbit.kernels.cpu", "lowbit.kernels.cuda")
+    met = {name for name in imports(path) if name.startswith(backends)}
+    assert not met or path.name in MEETS_BACKENDS, met
+
+
 LINKS = {"src/lowbit": "../lowbit", "lowbit/kernels": "../kernels", "lowbit/formats": "../formats"}
 
 
