@@ -199,7 +199,7 @@ def test_a_fused_pair_is_rounded_once(run: Launch, name, dtype):
     numbers[:20, 2] = 1
     numbers[20:40, 0], numbers[20:40, 1] = 2.0**-12, 2.0**-12
     numbers[20:40, 2] = (1 + 2 * eps * np.arange(20))[:, None]
-    # A tie but for a c that is lost in a double, too; for float16 there is no such c, and this is 0.
+    # A tie but for a c that a double loses, too; in float16 it is 0.
     numbers[40, 0], numbers[40, 1], numbers[40, 2] = 1.5, 1 + 2.0**-7, (-(2.0**-100), 2.0**-100)
     numbers[41] = numbers[40] * np.array([[1], [-1], [1]], dtype)
     out = np.zeros((count, 2), dtype)
