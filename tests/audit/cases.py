@@ -118,7 +118,7 @@ CASES = (
     Case("float16 -> int4_g128", registers=64, blocks=4, at_least={"LDG.E.NA.128": 2}),
     Case("bfloat16 -> fp8_row", registers=64, blocks=4, at_least={"LDG.E.NA.128": 4}),
     Case("bfloat16 -> mxfp4", registers=64, blocks=4, at_least={"LDG.E.NA.128": 2}),
-    Case("silu float16 -> fp8_row", registers=64, blocks=4, at_least={"LDG.E.NA.128": 4}),
+    Case("silu float16 -> fp8_row", registers=80, blocks=3, at_least={"LDG.E.NA.128": 4}),
     Case("int4_g128 -> float16", registers=40, blocks=6, at_least={"STG.E.(64|128)": 1}),
     Case("nvfp4 -> bfloat16", registers=40, blocks=6, at_least={"STG.E.(64|128)": 1}),
 )  # fmt: skip
