@@ -160,6 +160,23 @@ class Gpu:
         with self.current():
             return compiled.quantize(fmt, x, method=method, scale=scale, zero=zero)
 
+    def quantize_later(self, fmt: Format, x: Array, scale: Array | None) -> Packed | None:
+        """As `quantize` without waiting: what that refuses makes every value NaN.
+
+        None where that is not said by a factor that all values share, or no kernel does it.
+        """
+        from lowbit.kernels.cuda import quantize as compiled
+
+        if not (fmt.tensor_scale or isinstance(fmt.scale.element, str)) or compiled.refuse(fmt, x):
+            return None
+        with self.current():
+            pending = compiled.enqueue(fmt, x, scale=scale)
+            parts = pending.parts
+            shared = parts.scales if parts.tensor_scale is None else parts.tensor_scale
+            nan = self.xp.full((), np.nan, shared.dtype)
+            self.xp.copyto(shared, nan, where=pending.flag[0] != 0)
+        return parts
+
     def dequantize_to(self, parts: Packed, out: Array) -> None:
         """As `Host.dequantize_to`; what kernels leave to the reference goes through the host."""
         from lowbit.kernels.cuda import dequantize as compiled

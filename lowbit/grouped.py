@@ -12,7 +12,7 @@ from lowbit import device as places
 from lowbit.array import QArray
 from lowbit.dispatch import Options, flattens, promoted, rearranged, residual_dtype
 from lowbit.kernels import Epilogue
-from lowbit.quantizing import quantize
+from lowbit.quantizing import quantize, quantize_on_the_way
 
 Array = npt.NDArray[Any]
 
@@ -197,7 +197,7 @@ def _groups(
         product = binding.find(part, weight, options, most)
         if fmt is not None and not product.inside and flattens(fmt) and not rearranged(w):
             # Scales are those of single rows: quantizing all of them takes one call.
-            whole = quantize(x, fmt) if whole is None else whole
+            whole = quantize_on_the_way(products.dense(x), fmt, None) if whole is None else whole
             part = whole[rows]
             product = binding.find(part, weight, options._replace(x_format=None), most)
         one = after

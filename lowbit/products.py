@@ -22,7 +22,7 @@ from lowbit.dispatch import (
 from lowbit.formats import Format
 from lowbit.kernels import Epilogue
 from lowbit.kernels.declare import ACTIVATIONS
-from lowbit.quantizing import quantize
+from lowbit.quantizing import quantize_on_the_way
 
 Array = npt.NDArray[Any]
 
@@ -60,6 +60,8 @@ def matmul(
         Broadcasts to the result.
     x_format : Format or str, optional
         Quantize x on the way in ("int8_row" makes W4A16 into W4A8); left out, x stays as it is.
+        On a GPU nothing waits for that where scales are float or there is a tensor scale: what
+        `quantize` refuses then makes the result NaN.
     x_scale : array_like, optional
         Static scales for x_format.
     out : array, optional
@@ -303,7 +305,7 @@ def dense(x: Array | QArray) -> Array:
 
 def quantized(left: Array | QArray, fmt: Format, scale: Any) -> QArray:
     """The left operand in the format that `x_format` asks for."""
-    return quantize(dense(left), fmt, scale=scale)
+    return quantize_on_the_way(dense(left), fmt, scale)
 
 
 def adapt(x: Array, w: QArray) -> tuple[Array, QArray]:

@@ -219,6 +219,21 @@ def quantize(
     return result if out is None else _write(result, out)
 
 
+def quantize_on_the_way(x: Array, fmt: Format, scale: Any) -> QArray:
+    """`quantize` of a product's x: on a GPU without waiting, if the format allows.
+
+    Numbers that are not finite, or that the format refuses, then make the result NaN.
+    """
+    place, vector = device.of(x), x.ndim == 1
+    if isinstance(place, device.Gpu):
+        stored = x[None] if vector else x
+        static = _static(scale, fmt, stored.shape, "scale")
+        parts = place.quantize_later(fmt, stored, static)
+        if parts is not None:
+            return QArray._of(parts, x.dtype, vector=vector)
+    return quantize(x, fmt, scale=scale)
+
+
 def _static(given: Any, fmt: Format, shape: tuple[int, ...], argument: str) -> Array | None:
     if given is None:
         return None

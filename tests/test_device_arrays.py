@@ -385,8 +385,37 @@ def test_experts(machine, cupy):
 
 def test_x_is_quantized_on_the_way(machine, cupy):
     w = weight()
-    got = lb.linear(cupy.asarray(X), w.to_device("cuda"), x_format="int8_row")
-    np.testing.assert_array_equal(got.get(), lb.linear(X, w, x_format="int8_row"))
+    x, there = cupy.asarray(X), w.to_device("cuda")
+    plan = lb.plan(x, there.T, x_format="int8_row")
+    with uncopied():
+        got = [lb.linear(x, there, x_format="int8_row"), plan(x)]
+    for each in got:
+        np.testing.assert_array_equal(each.get(), lb.linear(X, w, x_format="int8_row"))
+
+
+@pytest.mark.parametrize("name", ["int8_row", "int8_g32", "nvfp4"])
+def test_what_is_not_finite_makes_the_result_nan_since_nothing_waits(machine, cupy, name):
+    there = weight().to_device("cuda")
+    x = X.copy()
+    x[3, 5] = np.inf
+    x = cupy.asarray(x)
+    with uncopied():
+        got = lb.linear(x, there, x_format=name)
+    assert np.isnan(got.get()).all()
+
+
+def test_mx_formats_have_no_such_factor_and_wait(machine, cupy):
+    there = weight().to_device("cuda")
+    x = X.copy()
+    x[3, 5] = np.inf
+    with pytest.raises(ValueError, match=r"1 NaN or infinite values, first at \(3, 5\)"):
+        lb.linear(cupy.asarray(x), there, x_format="mxfp8")
+
+
+def test_static_scales_of_x(machine, cupy):
+    w, scale = weight(), np.full((5, 1), 0.02)
+    got = lb.linear(cupy.asarray(X), w.to_device("cuda"), x_format="int8_row", x_scale=scale)
+    np.testing.assert_array_equal(got.get(), lb.linear(X, w, x_format="int8_row", x_scale=scale))
 
 
 def test_the_readmes_lines_for_a_gpu_run(machine, cupy):

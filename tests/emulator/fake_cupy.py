@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-_NAMES = """argwhere array array_equal asarray ascontiguousarray broadcast_to concatenate empty
-empty_like expand_dims full isfinite may_share_memory ones""".split()
+_NAMES = """argwhere array array_equal asarray ascontiguousarray broadcast_to concatenate copyto
+empty empty_like expand_dims full isfinite may_share_memory ones""".split()
 _METHODS = """all any astype copy item max min ravel repeat reshape squeeze sum swapaxes tolist
 transpose view""".split()
 _PROPERTIES = "T dtype itemsize nbytes ndim shape size strides".split()
@@ -79,9 +79,8 @@ class Stream:
 class ndarray:
     """A NumPy array that says that it is on a GPU."""
 
-    def __init__(self, held: Any, number: int | None = None) -> None:
-        self.held = np.asarray(held)
-        self.number = state.current if number is None else number
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self.held, self.number = np.empty(shape, dtype), state.current
 
     @property
     def device(self) -> Device:
@@ -122,7 +121,7 @@ class ndarray:
             picked: ndarray = _call(self.held.__getitem__, (index,), {}, self)
             return picked
         assert not any(isinstance(i, np.ndarray) for i in indices), "an index of NumPy"
-        return ndarray(self.held[index], self.number)
+        return _made(self.held[index], self.number)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         _call(self.held.__setitem__, (index, value), {}, self)
@@ -131,7 +130,7 @@ class ndarray:
         return len(self.held)
 
     def __iter__(self) -> Iterator[ndarray]:
-        return (ndarray(each, self.number) for each in self.held)
+        return (_made(each, self.number) for each in self.held)
 
     def __bool__(self) -> bool:
         return bool(self.held)
@@ -146,6 +145,13 @@ class ndarray:
         return NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _made(held: Any, number: int | None = None) -> ndarray:
+    """Call memory of NumPy a GPU's, the current one's if not said otherwise."""
+    array = object.__new__(ndarray)
+    array.held, array.number = np.asarray(held), state.current if number is None else number
+    return array
 
 
 def _unwrapped(value: Any, used: set[int]) -> Any:
@@ -166,7 +172,7 @@ def _call(function: Any, args: Any, kwargs: Any, *others: ndarray, view: bool = 
     assert not used, "arrays of two devices meet"
     assert view or number == state.current, "the arrays are not on the current device"
     if isinstance(result, (np.ndarray, np.generic)):
-        return ndarray(result, number)
+        return _made(result, number)
     return result
 
 
@@ -184,7 +190,7 @@ def _fill_class() -> None:
 
         def get(self: Any, _name: str = name) -> Any:
             value = getattr(self.held, _name)
-            return ndarray(value, self.number) if _name == "T" else value
+            return _made(value, self.number) if _name == "T" else value
 
         setattr(ndarray, name, property(get))
     for name in _OPERATORS:
@@ -201,7 +207,7 @@ _fill_class()
 def _asarray(a: Any, dtype: Any = None) -> ndarray:
     if isinstance(a, ndarray) and a.number == state.current and dtype in (None, a.held.dtype):
         return a
-    return ndarray(np.array(a.held if isinstance(a, ndarray) else a, dtype))
+    return _made(np.array(a.held if isinstance(a, ndarray) else a, dtype))
 
 
 def _ascontiguousarray(a: ndarray, dtype: Any = None) -> ndarray:
@@ -261,16 +267,16 @@ class Machine:
         return launch
 
     def empty(self, shape: Any, dtype: Any) -> ndarray:
-        return ndarray(self.inner.empty(shape, dtype))
+        return _made(self.inner.empty(shape, dtype))
 
     def zeros(self, shape: Any, dtype: Any) -> ndarray:
-        return ndarray(self.inner.zeros(shape, dtype))
+        return _made(self.inner.zeros(shape, dtype))
 
     def counters(self, count: int) -> ndarray:
-        return ndarray(self.inner.counters(count))
+        return _made(self.inner.counters(count))
 
     def matmul(self, x: Any, w: Any) -> ndarray:
-        return ndarray(self.inner.matmul(x.held, w.held))
+        return _made(self.inner.matmul(x.held, w.held))
 
     def address(self, array: Any) -> int:
         found: int = self.inner.address(array.held)
