@@ -225,6 +225,7 @@ def test_what_is_refused_is_refused_in_words() -> None:
         ("no thread block holds a group of 40000 columns", "int8", wide, "silu_mul"),
         ("no thread block holds a row of 40000 columns", "int8", wide, "rmsnorm"),
         ("no thread block holds a row of 20000 columns", "int8", half, "rmsnorm"),
+        ("no thread block holds a group of 20000", "nf4_row", half.astype(np.float16), "silu_mul"),
         ("groups of 48 columns are not 8, 16, 32", "int4_g48", x, "rmsnorm"),
     ):  # fmt: skip
         said = fused.refuse(lb.format(name), array, kind)

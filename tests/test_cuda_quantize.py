@@ -384,8 +384,8 @@ def test_given_scales_that_carry_quotients_out_of_range(emulator: Emulator) -> N
     check(emulator, lb.format("nvfp4"), x, scale=np.asarray(1e-30))
     # A zero point that brings a quotient of 2**100 back into range.
     x[0, :4] = 2.0**29
-    scale, zero = np.asarray(2.0**-71), np.asarray(-(2.0**100))
-    check(emulator, lb.format("uint4_row_zf32"), x, scale=scale, zero=zero)
+    step, zero = np.asarray(2.0**-71), np.asarray(-(2.0**100))
+    check(emulator, lb.format("uint4_row_zf32"), x, scale=step, zero=zero)
 
 
 # What is left to the reference.

@@ -148,6 +148,12 @@ def whole(element: Element) -> tuple[bool, int] | None:
     return None
 
 
+@cache
+def searched(element: Element) -> bool:
+    """Whether codes are found by comparing with a table, which takes registers."""
+    return _element(element)[1].startswith("lb::quant::Table")
+
+
 def _element(element: Element) -> tuple[str, str]:
     """Text to declare before, and the type with `encode` and `decode`."""
     found = whole(element)

@@ -9,6 +9,7 @@ namespace lb::quant {
 // silu(gate) * up, as an input of the kernels in quantize.cuh.
 template <class X_> struct SiluMul {
     using X = X_;
+    static constexpr int threads = 768;
     const u8 *gate, *up;
     i64 gate_pitch, up_pitch, step;
     int align;
@@ -44,7 +45,7 @@ template <int Threads> LB_DEV float block_sum(float v) {
 // divided by the root of its mean square, times the weight. Blocks of scales are the row, or, if Grouped,
 // 2^log_group octets.
 template <class F, class X, class W, int Threads, int Held, bool Residual, bool Grouped>
-__global__ void __launch_bounds__(Threads, resident<F, X, Threads, Held>)
+__global__ void __launch_bounds__(Threads, resident<F, X, Threads, Held, 1024>)
 rmsnorm_rows(const u8* __restrict__ x, i64 x_pitch, int x_align, const u8* __restrict__ residual, i64 residual_pitch,
              int residual_align, u8* __restrict__ updated, i64 updated_pitch, int updated_align,
              const u8* __restrict__ weight, int weight_align, float epsilon, u8* __restrict__ codes, i64 codes_pitch,

@@ -113,7 +113,8 @@ def refuse(fmt: Format, x: Array, kind: str = "rmsnorm") -> str | None:
     if x.strides[-1] != x.itemsize:
         return "columns of x lie apart"
     if kind == "silu_mul":
-        if plan((1, wide), (1, columns), x.itemsize) is None:
+        chosen = plan((1, wide), (1, columns), x.itemsize)
+        if chosen is None or (chosen.threads > 256 and emit_quantize.searched(fmt.element)):
             return f"no thread block holds a group of {wide} columns"
         return None
     if _tile(columns) not in TILES or 8 * x.itemsize * math.prod(_tile(columns)) > 1 << 16:

@@ -10,6 +10,7 @@ namespace lb::quant {
 // Where numbers come from: a matrix of rows `pitch` bytes and columns `step` bytes apart.
 template <class X_> struct Plain {
     using X = X_;
+    static constexpr int threads = 1024;  // of a multiprocessor
     const u8* at;
     i64 pitch, step;
     int align;
@@ -58,14 +59,14 @@ quantize_groups(const u8* __restrict__ x, const u8* __restrict__ y, i64 x_pitch,
     }
 }
 
-// Thread blocks that a multiprocessor is to hold: room for 1024 threads where numbers take few registers.
-template <class F, class X, int Threads, int Held>
-constexpr int resident = Held * Octet<X>::words <= 16 ? (F::Element::searched ? 768 : 1024) / Threads : 1;
+// Thread blocks that a multiprocessor is to hold: room for `most` threads where numbers take few registers.
+template <class F, class X, int Threads, int Held, int most>
+constexpr int resident = Held * Octet<X>::words <= 16 ? (F::Element::searched ? most - 256 : most) / Threads : 1;
 
 // A thread block owns a block of `tall` rows and `wide` columns, a multiple of 8 (or whole rows), which
 // are no more than Held octets a thread.
 template <class F, class Input, int Threads, int Held>
-__global__ void __launch_bounds__(Threads, resident<F, typename Input::X, Threads, Held>)
+__global__ void __launch_bounds__(Threads, resident<F, typename Input::X, Threads, Held, Input::threads>)
 quantize_tiles(const u8* __restrict__ x, const u8* __restrict__ y, i64 x_pitch, i64 y_pitch, i64 step, int align,
                u8* __restrict__ codes, i64 codes_pitch, int codes_align, void* scales, void* zeros, void* biases,
                const float* __restrict__ second, u32* flag, i64 rows, i64 columns, i64 across, i64 tall, i64 wide) {
