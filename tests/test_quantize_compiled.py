@@ -251,6 +251,14 @@ def test_rules_and_scales_that_are_given(name: str, options: dict[str, Any]) -> 
     ))  # fmt: skip
 
 
+def test_given_scales_that_carry_quotients_out_of_range() -> None:
+    """Infinite quotients saturate, as the division that overflows does."""
+    x = np.ones((8, 64), np.float32)
+    x[0, :4] = 1e30, -1e30, 3e38, -3e38
+    for scale in (1e-20, 1e-9, 1e-38, 3e38):
+        check(lb.format("int8_tensor"), x, scale=np.float64(scale))
+
+
 @pytest.mark.parametrize("shape", [(1, 1 << 20), (3000, 7), (0, 5), (5, 0), (2, 0, 8), (1, 1)])
 @pytest.mark.parametrize("name", ["int4_g128", "int8_tensor", "int3_allx16", "nvfp4", "fp8"])
 def test_shapes_far_from_square(name: str, shape: tuple[int, ...]) -> None:

@@ -257,13 +257,18 @@ class _Matrix:
                 high = np.maximum.reduceat(high, begins, axis)
         return low, high
 
-    def _codes(self, rows: slice, step: Array, offset: Array | None) -> None:
-        """Codes of some rows, which begin where a block does, from what divides and moves them."""
+    def _codes(self, rows: slice, step: Array, offset: Array | None, largest: float) -> None:
+        """Codes of some rows, which begin where a block does, from what divides and moves them.
+
+        `largest` is the largest magnitude of a number.
+        """
         columns = self.parts.matrix[1]
         tall, wide = self._block()
         with np.errstate(divide="ignore", over="ignore"):
             inverse = np.float32(1) / step
         quick = bool((step >= SMALLEST_DIVISOR).all() and (step <= LARGEST_DIVISOR).all())
+        # A scale that is given may be so small that a product with its reciprocal is infinite.
+        quick = quick and largest * float(inverse.max()) <= 2.0**126
         part = columns if columns <= 1 << 13 else 1 << 13
         for top, x in self._strips(1, rows):
             self._run(
@@ -305,7 +310,8 @@ class _Matrix:
             if not (np.isfinite(step) & (step != 0)).all():
                 return False
             moved = None if offset is None else np.ascontiguousarray(offset, np.float32)
-            self._codes(part, np.ascontiguousarray(step), moved)
+            largest = max(-float(low.min()), float(most.max()))
+            self._codes(part, np.ascontiguousarray(step), moved, largest)
         return True
 
     def _second(self, given: Array | None) -> float | None:
