@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 class Content:
     """What all transposed views of one array share; a traced graph names it by its key."""
 
-    __slots__ = ("__weakref__", "columns", "divisor", "dtype", "key", "parts", "plans")
+    __slots__ = ("__weakref__", "columns", "divisor", "dtype", "key", "parts", "place", "plans")
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Content:
         divisor: Array | None,
     ) -> None:
         self.parts, self.dtype, self.columns, self.divisor = parts, dtype, columns, divisor
+        self.place = places.of(parts.codes)
         self.plans: dict[Any, Any] = {}
         self.key = next(_keys)
         contents[self.key] = self
@@ -165,7 +166,7 @@ class QArray(Refusals):
 
     @property
     def _place(self) -> places.Place:
-        return places.of(self._parts.codes)
+        return self._content.place
 
     @property
     def layout(self) -> str:

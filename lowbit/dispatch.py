@@ -153,7 +153,7 @@ def _problem(
     x_along: bool = True,
 ) -> Problem:
     rows, columns = w._parts.shape[-2:]
-    place = places.of(w._parts.codes)
+    place = w._place
     residual = None
     if options.residual is not None:
         residual = residual_dtype(options.residual, out).name

@@ -226,8 +226,7 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
     w_side, x_side = (right, left) if isinstance(right, QArray) else (left, right)
     assert isinstance(w_side, QArray)
     held = x_side._parts.codes if isinstance(x_side, QArray) else x_side
-    if not (w_side._place is places.HOST and type(held) is np.ndarray):
-        places.on(w_side._place, held, "x")
+    places.on(w_side._place, held, "x")
     return left, right, origin
 
 
