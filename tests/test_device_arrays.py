@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_cupy
+import jax
 import numpy as np
 import pytest
 from emulator import Emulator
@@ -14,6 +15,7 @@ from fake_cupy import Device, Machine, uncopied
 
 import lowbit as lb
 from lowbit import device as places
+from lowbit import einsums
 from lowbit.kernels.cuda import launch
 
 README = Path(__file__).parent.parent / "README.md"
@@ -416,6 +418,20 @@ def test_static_scales_of_x(machine, cupy):
     w, scale = weight(), np.full((5, 1), 0.02)
     got = lb.linear(cupy.asarray(X), w.to_device("cuda"), x_format="int8_row", x_scale=scale)
     np.testing.assert_array_equal(got.get(), lb.linear(X, w, x_format="int8_row", x_scale=scale))
+
+
+def test_einsum(machine, cupy):
+    w = weight()
+    x = cupy.asarray(X)
+    there = w.to_device("cuda")
+    got = einsums.einsum("mk,nk->nm", x, there)
+    np.testing.assert_array_equal(got.get(), lb.linear(x, there).get().T)
+
+
+def test_inside_jit_it_multiplies_by_copies(machine, cupy):
+    there = weight().to_device("cuda")
+    got = jax.jit(lambda x: x @ there.T)(jax.numpy.asarray(X))
+    np.testing.assert_array_equal(np.asarray(got), lb.linear(cupy.asarray(X), there).get())
 
 
 def test_the_readmes_lines_for_a_gpu_run(machine, cupy):
