@@ -85,22 +85,21 @@ class Product:
 class DeviceProduct(Product):
     """A product on a GPU: nothing in it waits, so that a graph of CUDA may capture it."""
 
-    __slots__ = ("place",)
-    place: places.Gpu
+    __slots__ = ("gpu", "place")
 
     def __init__(
         self, stated: Stated, execute: Execute, place: places.Gpu, inside: bool = False
     ) -> None:
         super().__init__(stated, execute, inside)
-        self.place = place
+        self.gpu = self.place = place
 
     def __call__(self, x: Any, after: Epilogue) -> Array:  # noqa: D102  (said above)
-        cupy, number = self.place.xp, self.place.number
+        cupy, number = self.gpu.xp, self.gpu.number
         if cupy.cuda.runtime.getDevice() != number:
             with cupy.cuda.Device(number):
                 return self(x, after)
         if type(x) is places.gpu_array and x.data.device_id != number:
-            places.on(self.place, x, "x")
+            places.on(self.gpu, x, "x")
         out: Array = cupy.ndarray(self.shape, self.dtype)  # quicker than cupy.empty
         self.execute(x, after, out)
         return out if self.kept is self.shape else out.reshape(self.kept)

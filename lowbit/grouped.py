@@ -172,12 +172,12 @@ def _epilogue(
         )
     if residual is not None:
         try:
-            residual = w._place.xp.broadcast_to(residual, (rows, n))
+            spread: Array = w._place.xp.broadcast_to(residual, (rows, n))
         except ValueError:
             raise ValueError(
                 f"residual: {residual.shape} does not broadcast to the result, {(rows, n)}"
             ) from None
-        residual = residual.astype(residual_dtype(residual.dtype, dtype.name), copy=False)
+        residual = spread.astype(residual_dtype(spread.dtype, dtype.name), copy=False)
     return Epilogue(alpha, bias, activation, residual)
 
 

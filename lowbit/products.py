@@ -342,11 +342,10 @@ def epilogue(
         if drop_rows and residual.ndim > 1:
             residual = residual[..., None, :]
         try:
-            residual = place.xp.broadcast_to(residual, shape)
+            spread: Array = place.xp.broadcast_to(residual, shape)
         except ValueError:
             raise ValueError(
                 f"residual: {residual.shape} does not broadcast to the result, {shape}"
             ) from None
-        dtype = residual_dtype(residual.dtype, stated.dtype.name)
-        residual = residual.astype(dtype, copy=False)
+        residual = spread.astype(residual_dtype(spread.dtype, stated.dtype.name), copy=False)
     return Epilogue(alpha, bias, activation, residual)

@@ -251,7 +251,7 @@ MUTANTS = (
         long_sums, DOT, "int8_row",
     ),
     change(
-        "wrong group's scale", "cpu.operands",
+        "wrong group's scale", "segments",
         "else block // segment", "else block // segment + 1",
         exact_products, FMA, "int4_g32",
     ),
