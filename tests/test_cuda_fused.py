@@ -35,8 +35,8 @@ def same(a: reference.Packed | None, b: reference.Packed) -> None:
         assert (one is None) == (other is None), part
         if one is not None:
             assert (one.dtype, one.shape) == (other.dtype, other.shape), part
-            same = one.tobytes() == other.tobytes()
-            assert same, part  # of two long strings pytest would draw a diff, for minutes
+            equal = one.tobytes() == other.tobytes()
+            assert equal, part  # of two long strings pytest would draw a diff, for minutes
 
 
 def drawn(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
@@ -139,8 +139,8 @@ def check_rmsnorm(machine: Emulator, name: str, dtype: str, shape: tuple[int, ..
         same(got.settled(), reference.quantize(fmt, y))
         assert (updated is None) == (residual is None)
         if updated is not None:
-            same = updated.tobytes() == h.tobytes()
-            assert same
+            equal = updated.tobytes() == h.tobytes()
+            assert equal
 
 
 def test_rmsnorm_in_numpy_is_the_formula() -> None:
@@ -285,8 +285,8 @@ def test_planted_bugs_are_caught(batch: Batch, bug: Planted) -> None:
         y, h = fused.rmsnorm(x, weight, 1e-6, other)
         same(got.settled(), reference.quantize(fmt, y))
         assert updated is not None
-        same = updated.tobytes() == h.tobytes()
-        assert same
+        equal = updated.tobytes() == h.tobytes()
+        assert equal
 
     run(flattened(kernel.text), 0)
     bug.must_be_caught(flattened(kernel.text), run)
