@@ -338,14 +338,12 @@ def on(place: Place, array: Any, argument: str, other: str = "w") -> None:
     if found is not place:
         raise BufferError(
             f"{argument}: it is on {found.name}, {other} is on {place.name}; both have to be on "
-            f"one device: {_remedy(argument, array, place)}"
+            f"one device: {_remedy(argument, place)}"
         )
 
 
-def _remedy(argument: str, array: Any, place: Place) -> str:
-    if isinstance(array, np.ndarray):
-        number = place.number if isinstance(place, Gpu) else 0
-        return f"with cupy.cuda.Device({number}): {argument} = cupy.asarray({argument})"
+def _remedy(argument: str, place: Place) -> str:
     if place is HOST:
         return f"{argument}.get() copies it to the host"
-    return f"with cupy.cuda.Device({getattr(place, 'number', 0)}): cupy.asarray({argument})"
+    number = place.number if isinstance(place, Gpu) else 0
+    return f"with cupy.cuda.Device({number}): {argument} = cupy.asarray({argument})"
