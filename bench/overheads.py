@@ -164,6 +164,7 @@ class Idle:
     zeros = empty
     def counters(self, count):
         return cupy.empty((count,), np.int32)
+    scratch = counters
     def address(self, array):
         return array.data.ptr
 

@@ -223,9 +223,12 @@ def test_counters_belong_to_a_stream(cupy):
     assert not grown.any()
     assert machine.counters(10) is grown
     # Graphs may have captured the small one, and a new stream may get the handle of a dead one.
-    kept = machine._counters[42, 0]
+    kept = machine._shared["counters", 42, 0]
     assert kept.stream is cupy.stream
     assert kept.outgrown == (second,)
+    words = machine.scratch(10)
+    assert words is not grown
+    assert machine.scratch(10) is words
 
 
 def test_the_stream_of_each_thread_has_counters_of_its_own(cupy):

@@ -67,6 +67,9 @@ class Machine:
     def counters(self, count: int) -> Any:
         return self.zeros((count,), np.int32)
 
+    def scratch(self, count: int) -> Any:
+        return self.empty((count,), np.int32)
+
     def address(self, array: Any) -> int:
         address: int = array.data.ptr
         return address

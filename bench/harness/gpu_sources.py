@@ -55,6 +55,10 @@ class Recorder:
         """Memory."""
         return np.zeros(count, np.int32)
 
+    def scratch(self, count: int) -> Any:
+        """Memory."""
+        return np.zeros(1, np.int32)
+
     def matmul(self, x: Any, w: Any) -> Any:
         """Memory for the vendor's product."""
         return np.empty((x.shape[0], w.shape[0]), np.float32)

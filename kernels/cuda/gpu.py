@@ -26,9 +26,9 @@ def machine(device_id: int) -> Gpu:
     return Gpu(device_id)
 
 
-class _Counters(NamedTuple):
+class _Shared(NamedTuple):
     stream: Any
-    """Kept, so that no other stream gets its handle while this one's kernels still count."""
+    """Kept, so that no other stream gets its handle while this one's kernels still use it."""
     array: Any
     outgrown: tuple[Any, ...]
     """Kept, because a captured graph may hold their addresses."""
@@ -47,7 +47,7 @@ class Gpu:
         self._id = device_id
         self._driver = cupy.cuda.runtime.driverGetVersion()
         self._functions: dict[Source, Function] = {}
-        self._counters: dict[tuple[int, int], _Counters] = {}
+        self._shared: dict[tuple[str, int, int], _Shared] = {}
         self._lock = threading.Lock()
 
     def function(self, source: Source) -> Function:
@@ -87,17 +87,24 @@ class Gpu:
 
     def counters(self, count: int) -> Any:
         """Return int32 zeros that every kernel of the current stream shares."""
+        return self._of_stream("counters", count)
+
+    def scratch(self, count: int) -> Any:
+        """Return words of any contents that every kernel of the current stream shares."""
+        return self._of_stream("scratch", count)
+
+    def _of_stream(self, kind: str, count: int) -> Any:
         with self._cupy.cuda.Device(self._id):
             stream = self._cupy.cuda.get_current_stream()
-            key = stream.ptr, threading.get_ident() if stream.ptr == _PER_THREAD else 0
-            known = self._counters.get(key)
+            key = kind, stream.ptr, threading.get_ident() if stream.ptr == _PER_THREAD else 0
+            known = self._shared.get(key)
             if known is None or known.array.size < count:
                 with self._lock:
-                    known = self._counters[key] = self._more(stream, key, count)
+                    known = self._shared[key] = self._more(stream, key, count)
             return known.array
 
-    def _more(self, stream: Any, key: tuple[int, int], count: int) -> _Counters:
-        known = self._counters.get(key)
+    def _more(self, stream: Any, key: tuple[str, int, int], count: int) -> _Shared:
+        known = self._shared.get(key)
         outgrown: tuple[Any, ...] = ()
         if known is not None:
             if known.array.size >= count:
@@ -105,7 +112,7 @@ class Gpu:
             outgrown = (*known.outgrown, known.array)
         # Powers of two: what was outgrown is never more than what is there.
         array = self.zeros((1 << max(count - 1, 255).bit_length(),), np.int32)
-        return _Counters(stream, array, outgrown)
+        return _Shared(stream, array, outgrown)
 
     def matmul(self, x: Any, w: Any) -> Any:
         """Return x @ w.T in float32 by cuBLAS, products and sums no narrower."""

@@ -173,7 +173,7 @@ def _build(p: Problem) -> Bind:
             residual = epilogue.residual
             partial = arrived = out
             if shares > 1:
-                partial = machine.empty((shares, p.m, p.n), np.float32)
+                partial = machine.scratch(shares * p.m * p.n)
                 arrived = machine.counters(grid[0] * grid[1])
             arguments = (
                 machine.tensor_map(x, (spec.columns, DEPTH), swizzle=128),

@@ -88,6 +88,9 @@ class Machine(Protocol):
         Kernels of a stream run one after the other, and each leaves zeros behind.
         """
 
+    def scratch(self, count: int) -> Any:
+        """Return 32-bit words, `count` or more of any contents, that the stream's kernels share."""
+
     def matmul(self, x: Any, w: Any) -> Any:
         """Return x @ w.T in float32 by the vendor's library.
 

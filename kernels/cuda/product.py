@@ -202,7 +202,6 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
     tile, shares = spec.tile, shares_of(p, spec)
     spec = replace(spec, shared=shares > 1, partial_sums=spec.partial_sums and shares > 1)
     grid = (-(-p.n // tile.rows), -(-p.m // tile.columns), shares)
-    sums = np.int32 if spec.method == "integer" else np.float32
     w_row, x_row = tile.depth // 8 * spec.w_octet, tile.depth // 8 * spec.x_octet
 
     def to(w: Packed) -> Run:
@@ -236,7 +235,7 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
             function = function_for(piece_of(machine.address(given), x_pitch, x_row))
             partial = arrived = out
             if shares > 1:
-                partial = machine.empty((shares, p.m, p.n), sums)
+                partial = machine.scratch(shares * p.m * p.n)
                 arrived = machine.counters(grid[0] * grid[1])
             bias, residual = epilogue.bias, epilogue.residual
             function(

@@ -139,6 +139,10 @@ class Emulator:
             self._counters = self.zeros((count,), np.int32)
         return self._counters
 
+    def scratch(self, count: int) -> Array:
+        """New memory each time, so that nobody relies on what another left there."""
+        return self.empty((count,), np.int32)
+
     def matmul(self, x: Array, w: Array) -> Array:
         """x @ w.T, summed in float64 and rounded to float32."""
         return (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float32)

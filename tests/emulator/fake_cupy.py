@@ -275,6 +275,9 @@ class Machine:
     def counters(self, count: int) -> ndarray:
         return _made(self.inner.counters(count))
 
+    def scratch(self, count: int) -> ndarray:
+        return _made(self.inner.scratch(count))
+
     def matmul(self, x: Any, w: Any) -> ndarray:
         return _made(self.inner.matmul(x.held, w.held))
 
