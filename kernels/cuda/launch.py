@@ -72,9 +72,11 @@ class Machine(Protocol):
     @property
     def device(self) -> Device:
         """What kernels and tiles are chosen for."""
+        ...
 
     def function(self, source: Source) -> Function:
         """Return the compiled kernel, from memory or a cache where it is there."""
+        ...
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """Return new memory on the device, in the order of the current stream."""
@@ -106,6 +108,7 @@ class Machine(Protocol):
 
     def address(self, array: Any) -> int:
         """Return where an array begins, for choosing the width of loads."""
+        ...
 
 
 class _Local(threading.local):
