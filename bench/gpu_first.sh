@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a session on a GPU must show, in one go; every step has a log, and none stops the others.
+# What a first run on a GPU must show, in one go; every step has a log, and none stops the others.
 #
 #     bench/gpu_first.sh [FOLDER]        results, default build/gpu
 #
