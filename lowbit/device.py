@@ -219,7 +219,7 @@ def limits(problem: str, threads: int) -> Limits:
         from lowbit.kernels.cuda import costs, launch
 
         rates = costs.rates(launch.parse(problem).capability)
-        fast = rates.library
+        fast = rates.dense
         return Limits(rates.bandwidth, fast / 12, fast, 2 * fast, "estimated")
     from lowbit.kernels.cpu import machine
 

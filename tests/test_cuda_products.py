@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import lowbit as lb
 from lowbit import dispatch
 from lowbit.formats import declared
-from lowbit.kernels.cuda import launch, library, tiles
+from lowbit.kernels.cuda import cublas, launch, tiles
 from lowbit.kernels.cuda.launch import Device
 from lowbit.testing import assert_within_bound, conformance, exact_operands, random_qarray
 
-MMA, INTEGER, LIBRARY = "matmul.cuda.mma", "matmul.cuda.integer", "matmul.cuda.library"
+MMA, INTEGER, CUBLAS = "matmul.cuda.mma", "matmul.cuda.integer", "matmul.cuda.cublas"
 FLOATS = ("float16", "bfloat16", "float32")
 # Blocks of every shape, scale types, zero points, what does not end where octets do.
 MORE = [
@@ -220,34 +220,34 @@ def test_refusals_say_why(gpu):
 
 @pytest.mark.parametrize("x", ["float32", "bfloat16", "int8_row", "mxfp4"])
 @pytest.mark.parametrize("w", ["nf4_g20", "int4_g12_asym", "uint4_g64_bias", "fp8_64x64"])
-def test_the_library_takes_what_no_kernel_does(gpu, w, x):
-    assert conformance.bounded_products(LIBRARY, w, x) > 0
-    conformance.exact_products(LIBRARY, w, x)
+def test_cublas_takes_what_no_kernel_does(gpu, w, x):
+    assert conformance.bounded_products(CUBLAS, w, x) > 0
+    conformance.exact_products(CUBLAS, w, x)
 
 
-def test_the_library_multiplies_bfloat16_values(gpu):
-    assert conformance.bounded_products(f"{LIBRARY}16", "int4_g32", "bfloat16") > 0
+def test_cublas_multiplies_bfloat16_values(gpu):
+    assert conformance.bounded_products(f"{CUBLAS}16", "int4_g32", "bfloat16") > 0
 
 
 @pytest.mark.parametrize("activation", ["gelu", None])
-def test_what_follows_the_librarys_product(gpu, activation):
+def test_what_follows_the_product_of_cublas(gpu, activation):
     for out in FLOATS:
-        conformance.finished_products(LIBRARY, "int4_g12", activation, out)
+        conformance.finished_products(CUBLAS, "int4_g12", activation, out)
 
 
-def test_the_library_takes_scales_across_the_contraction_axis_and_tiles(gpu, monkeypatch):
-    monkeypatch.setattr(library, "TILE", 70 * 32)
+def test_cublas_takes_scales_across_the_contraction_axis_and_tiles(gpu, monkeypatch):
+    monkeypatch.setattr(cublas, "TILE", 70 * 32)
     w = random_qarray("int4_64x16", 200, 70)
     x = conformance.dense_or_quantized("float32", 5, 70)
-    assert_within_bound(lb.matmul(x, w.T, kernel=LIBRARY), x, w.T, kernel=LIBRARY)
+    assert_within_bound(lb.matmul(x, w.T, kernel=CUBLAS), x, w.T, kernel=CUBLAS)
     x = conformance.dense_or_quantized("float32", 5, 200)
-    assert_within_bound(lb.matmul(x, w, kernel=LIBRARY), x, w, kernel=LIBRARY)
+    assert_within_bound(lb.matmul(x, w, kernel=CUBLAS), x, w, kernel=CUBLAS)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
-def test_the_library_takes_empty_axes(gpu, m, n, k):
+def test_cublas_takes_empty_axes(gpu, m, n, k):
     w = lb.from_parts("int8_row", np.zeros((n, k), np.int8), np.ones((n, min(k, 1)), np.float32))
-    got = lb.matmul(np.ones((m, k), np.float32), w.T, bias=np.ones(n), kernel=LIBRARY)
+    got = lb.matmul(np.ones((m, k), np.float32), w.T, bias=np.ones(n), kernel=CUBLAS)
     assert got.shape == (m, n)
     assert (got == 1).all()
 

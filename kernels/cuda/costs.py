@@ -22,7 +22,7 @@ class Rates:
     """Multiplications and additions a second and multiprocessor by mma, 16-bit operands."""
     decoded: float
     """Codes a second and multiprocessor."""
-    library: float
+    dense: float
     """Operations a second of the vendor's 16-bit products."""
 
 

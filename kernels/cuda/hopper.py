@@ -134,7 +134,7 @@ def _cost(p: Problem) -> float:
     blocks = -(-p.n // ROWS) * -(-p.m // spec.columns) * shares
     waves = -(-blocks // device.processors)
     # A tile of fewer columns leaves the tensor cores waiting for what is decoded.
-    rate = 0.8 * rates.library / device.processors * min(1.0, spec.columns / 128)
+    rate = 0.8 * rates.dense / device.processors * min(1.0, spec.columns / 128)
     computed = waves * 2 * ROWS * spec.columns * p.k / shares / rate
     moved = p.bytes / (rates.bandwidth * min(1.0, blocks / device.processors))
     return costs.LAUNCH + 2e-6 + max(moved, computed)

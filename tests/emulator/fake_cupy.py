@@ -110,7 +110,7 @@ class ndarray:
         raise TypeError(f"{func} is NumPy's")
 
     def __dlpack__(self, **_: Any) -> Any:
-        raise NotImplementedError
+        raise BufferError("memory of a GPU that only pretends to be one is not exchanged")
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.number

@@ -150,7 +150,7 @@ def _cost(p: Problem, dtype: str) -> float:
     device, size = launch.parse(p.device), itemsize(dtype)
     rates = costs.rates(device.capability)
     moved = p.bytes + 2 * size * p.k * (p.n + p.m) + 8 * p.m * p.n
-    rate = rates.library if size == 2 else rates.library / 12
+    rate = rates.dense if size == 2 else rates.dense / 12
     tiles = max(1, p.n * p.k // TILE)
     return (3 + 2 * tiles) * costs.LAUNCH + moved / rates.bandwidth + p.operations / rate
 
@@ -169,7 +169,7 @@ def _roundings(p: Problem, dtype: str) -> Roundings:
 
 KERNELS = (
     Kernel(
-        "matmul.cuda.library",
+        "matmul.cuda.cublas",
         "cuda",
         accepts=_accepts,
         cost=lambda p: _cost(p, "float32"),
@@ -177,7 +177,7 @@ KERNELS = (
         roundings=lambda p: _roundings(p, "float32"),
     ),
     Kernel(
-        "matmul.cuda.library16",
+        "matmul.cuda.cublas16",
         "cuda",
         accepts=_accepts_narrow,
         cost=lambda p: _cost(p, "bfloat16"),
