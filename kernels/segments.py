@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lowbit.kernels.declare import Problem
+from lowbit.kernels.declare import ACTIVATION_ERROR, Problem, Roundings
 
 # alpha * tensor scales is a product of float64 rounded once, the bias is rounded to float32, and
 # one fma joins the three.
@@ -38,3 +38,14 @@ def refuse_common(p: Problem) -> str | None:
     if not math.isfinite(p.w.element.values[0]):
         return f"{p.w.element.name} has no finite value at code 0, which pads its rows"
     return None
+
+
+def integer_roundings(p: Problem, segment: int) -> Roundings:
+    """The arithmetic of exact integer sums that meet their scales a segment at a time."""
+    # int32 to float32, w_scale * that, one fma each segment.
+    return Roundings(
+        "float32",
+        2 + -(-p.k // segment) + FINAL_ROUNDINGS,
+        "exact integer sums, then segments ascending by fma",
+        ACTIVATION_ERROR[p.activation],
+    )

@@ -15,9 +15,6 @@ after another, and rounds the result once. Four ways give its bits:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fractions import Fraction
-from math import isfinite
 from typing import TYPE_CHECKING
 
 from lowbit.formats.declare import Element
@@ -33,36 +30,18 @@ from lowbit.kernels.cpu.ir import (
     Value,
     constant,
 )
+from lowbit.kernels.significance import FLOATS, finite, significant
 
 if TYPE_CHECKING:
     from lowbit.kernels.cpu.dequantize_ir import Spec
 
 _MANTISSA = {"float16": (10, -14), "bfloat16": (7, -126)}  # bits, exponent of the smallest normal
-_FLOATS = {"float32": (24, -149), "float16": (11, -24), "bfloat16": (8, -133)}
-
-
-def _significant(numbers: Iterable[float]) -> tuple[int, int]:
-    """The most significant bits of any number, and the exponent of the lowest bit of all."""
-    width, lowest = 1, 1024
-    for number in numbers:
-        exact = Fraction(number)
-        if not exact:
-            continue
-        top, bottom = abs(exact.numerator), exact.denominator
-        twos = (top & -top).bit_length() - 1
-        width = max(width, (top >> twos).bit_length())
-        lowest = min(lowest, twos - bottom.bit_length() + 1)
-    return width, lowest
-
-
-def _finite(element: Element) -> list[float]:
-    return [v for v in element.values if isfinite(v)]
 
 
 def _centred(spec: Spec) -> list[float]:
     """What the scales multiply; with zero points whole numbers of as many bits as any of it."""
     if spec.zero is None:
-        return _finite(spec.element)
+        return finite(spec.element)
     low, high = (-128, 127) if spec.zero == "int8" else (0, 255)
     reach = max(spec.element.max - low, high - spec.element.min)
     return [2.0 ** int(reach).bit_length() - 1]
@@ -75,15 +54,15 @@ def way(spec: Spec, module: Module) -> str:
     if spec.zero is not None and not spec.element.integral:
         return "double"
     values, scale = _centred(spec), spec.scale
-    width, lowest = _significant(values)
-    bits, last = _significant(_finite(scale)) if isinstance(scale, Element) else _FLOATS[scale]
+    width, lowest = significant(values)
+    bits, last = significant(finite(scale)) if isinstance(scale, Element) else FLOATS[scale]
     wide = module.isa.permute == "vpermps512"
     if spec.tensor_scale:
         # The tensor scale is the one factor, value * scale the other one, if that is a float32.
         if not isinstance(scale, Element) or (spec.out != "float32" and not wide):
             return "double"
-        largest = max(map(abs, values)) * max(map(abs, _finite(scale)))
-        width, lowest, bits, last = width + bits, lowest + last, *_FLOATS["float32"]
+        largest = max(map(abs, values)) * max(map(abs, finite(scale)))
+        width, lowest, bits, last = width + bits, lowest + last, *FLOATS["float32"]
         if width > 24 or lowest < -149 or largest >= 2.0**128:
             return "double"
     if spec.out == "float32" or (width + bits <= 24 and lowest + last >= -149):
@@ -95,7 +74,7 @@ def way(spec: Spec, module: Module) -> str:
 
 def smallest_scale(spec: Spec) -> float:
     """From here on the error of a product is a float32: its last bit is one of 2**-149 or more."""
-    lowest = _significant(_centred(spec))[1]
+    lowest = significant(_centred(spec))[1]
     return 2.0 ** max(-126 - lowest, -126)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from lowbit.kernels.cpu import costs, gemm, operands, product
 from lowbit.kernels.cpu.decode import consecutive
 from lowbit.kernels.cpu.spec import Spec
-from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, FusedBind, Kernel, Problem, Roundings
+from lowbit.kernels.declare import Bind, FusedBind, Kernel, Problem, Roundings
 from lowbit.kernels.layouts import WIDTHS, granule
-from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common, segment_of
+from lowbit.kernels.segments import integer_roundings, refuse_common, segment_of
 
 
 def _spec(p: Problem) -> Spec:
@@ -76,13 +76,7 @@ def _fused(p: Problem, dtype: str) -> FusedBind | None:
 def _roundings(p: Problem) -> Roundings:
     segment = _segment(p)
     assert segment is not None
-    # int32 to float32, w_scale * that, one fma each segment.
-    return Roundings(
-        "float32",
-        2 + -(-p.k // segment) + FINAL_ROUNDINGS,
-        "exact integer sums, then segments ascending by fma",
-        ACTIVATION_ERROR[p.activation],
-    )
+    return integer_roundings(p, segment)
 
 
 KERNELS = (

@@ -28,6 +28,7 @@ from lowbit.kernels.cpu.ir import VECTOR
 from lowbit.kernels.cpu.isa import Isa, host
 from lowbit.kernels.cpu.quantize_extremes import WORK
 from lowbit.kernels.cpu.quantize_ir import FORMAT, PIECE, Arguments, Spec, text
+from lowbit.kernels.policies import refuse_policies
 
 Array = npt.NDArray[Any]
 
@@ -55,15 +56,7 @@ def refuse(
     """Why this array is left to the reference, in words; None if it is not."""
     if x.dtype.newbyteorder("=") not in _DTYPES:
         return f"{x.dtype.name} data are worked on in float64"
-    if rounding != "even":
-        return f"rounding={rounding!r} draws a random number for each code"
-    if overflow != "saturate":
-        return f"overflow={overflow!r} looks at each number once more"
-    if method == "mse":
-        return "method='mse' tries many scales"
-    if fmt.tensor_scale and (fmt.zero is not None or fmt.bias):
-        return "a tensor scale over zero points or biases needs the extremes of every block at once"
-    return None
+    return refuse_policies(fmt, method=method, rounding=rounding, overflow=overflow)
 
 
 def quantize(

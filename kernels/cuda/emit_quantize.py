@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -14,6 +12,7 @@ from lowbit.formats import Element, Format, codes, scaling
 from lowbit.formats.declare import Scale, integer
 from lowbit.kernels.cuda import emit
 from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.significance import FLOATS, finite, significant
 
 NUMBERS = {"float32": "Float32", "float16": "Float16", "bfloat16": "Bfloat16"}
 _RULES = {
@@ -22,7 +21,6 @@ _RULES = {
     "rceil": "power_rceil",
     "even": "power_even",
 }
-_FLOATS = {"float32": (24, -149), "float16": (11, -24), "bfloat16": (8, -133)}
 
 
 @dataclass(frozen=True)
@@ -254,28 +252,10 @@ def _zero(element: Element) -> tuple[str, str]:
 # Dequantizing: which arithmetic gives the reference's bits. See dequantize.cuh.
 
 
-def _significant(numbers: Iterable[float]) -> tuple[int, int]:
-    """The most significant bits of any number, and the exponent of the lowest bit of all."""
-    width, lowest = 1, 1024
-    for number in numbers:
-        exact = Fraction(number)
-        if not exact:
-            continue
-        top, bottom = abs(exact.numerator), exact.denominator
-        twos = (top & -top).bit_length() - 1
-        width = max(width, (top >> twos).bit_length())
-        lowest = min(lowest, twos - bottom.bit_length() + 1)
-    return width, lowest
-
-
-def _finite(element: Element) -> list[float]:
-    return [v for v in element.values if math.isfinite(v)]
-
-
 def _centred(spec: Spec) -> list[float]:
     """What the scales multiply; with zero points whole numbers of as many bits as any of it."""
     if not isinstance(spec.zero, Element):
-        return _finite(spec.element)
+        return finite(spec.element)
     low, high = (-128, 127) if spec.zero.min < 0 else (0, 255)
     reach = max(spec.element.max - low, high - spec.element.min)
     return [2.0 ** int(reach).bit_length() - 1]
@@ -287,14 +267,14 @@ def way(spec: Spec, out: str) -> str:
     if spec.bias or isinstance(spec.zero, str) or (spec.zero is not None and spec.tensor_scale):
         return "twofold"
     values, scale = _centred(spec), spec.scale
-    width, lowest = _significant(values)
-    bits, last = _significant(_finite(scale)) if isinstance(scale, Element) else _FLOATS[scale]
+    width, lowest = significant(values)
+    bits, last = significant(finite(scale)) if isinstance(scale, Element) else FLOATS[scale]
     if spec.tensor_scale:
         # The tensor scale is the one factor, value * scale the other one, if that is a float32.
         if not isinstance(scale, Element):
             return "twofold"
-        largest = max(map(abs, values)) * max(map(abs, _finite(scale)))
-        width, lowest, bits, last = width + bits, lowest + last, *_FLOATS["float32"]
+        largest = max(map(abs, values)) * max(map(abs, finite(scale)))
+        width, lowest, bits, last = width + bits, lowest + last, *FLOATS["float32"]
         if width > 24 or lowest < -149 or largest >= 2.0**128:
             return "twofold"
     if out == "float32" or (width + bits <= 24 and lowest + last >= -149):

@@ -10,8 +10,8 @@ from lowbit.formats import Element, Format
 from lowbit.kernels.cuda import costs, emit, product
 from lowbit.kernels.cuda.product import Spec
 from lowbit.kernels.cuda.tiles import tile_for
-from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Kernel, Problem, Roundings
-from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common, segment_of
+from lowbit.kernels.declare import Bind, Kernel, Problem, Roundings
+from lowbit.kernels.segments import integer_roundings, refuse_common, segment_of
 
 _BLOCK = 32  # columns that lanes take together
 
@@ -89,13 +89,7 @@ def _build(p: Problem) -> Bind:
 def _roundings(p: Problem) -> Roundings:
     segment = _segment(p)
     assert segment is not None
-    # int32 to float32, w_scale * that, one fma each segment.
-    return Roundings(
-        "float32",
-        2 + -(-p.k // segment) + FINAL_ROUNDINGS,
-        "exact integer sums, then segments ascending by fma",
-        ACTIVATION_ERROR[p.activation],
-    )
+    return integer_roundings(p, segment)
 
 
 KERNELS = (

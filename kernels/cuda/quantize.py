@@ -22,6 +22,7 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import emit_quantize, launch
 from lowbit.kernels.cuda.emit_quantize import NUMBERS, Spec
 from lowbit.kernels.cuda.launch import Machine, Source
+from lowbit.kernels.policies import refuse_policies
 
 Array = Any
 
@@ -63,15 +64,7 @@ def refuse(
     """Why this array is left to the reference, in words; None if it is not."""
     if x.dtype.name not in NUMBERS or not x.dtype.isnative:
         return f"{x.dtype.name} data are worked on in float64"
-    if rounding != "even":
-        return f"rounding={rounding!r} draws a random number for each code"
-    if overflow != "saturate":
-        return f"overflow={overflow!r} looks at each number once more"
-    if method == "mse":
-        return "method='mse' tries many scales"
-    if fmt.tensor_scale and (fmt.zero is not None or fmt.bias):
-        return "a tensor scale over zero points or biases needs the extremes of every block at once"
-    return None
+    return refuse_policies(fmt, method=method, rounding=rounding, overflow=overflow)
 
 
 def quantize(
