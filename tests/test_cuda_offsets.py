@@ -1,13 +1,15 @@
 """Operands and results beyond 4 GiB: only the last block of a launch runs, on sparse memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from emulator import Emulator
 
-from lowbit.formats import names
+from lowbit.formats import Format, names
 from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Kernel, Problem
-from lowbit.kernels.cuda import gemm, hopper, launch
+from lowbit.kernels.cuda import gemm, hopper, integer, launch
 
 FAR = 2**22 + 1  # rows of 1024 halves: 8 GiB
 K = 1024
@@ -55,3 +57,19 @@ def test_rows_of_x_and_results_beyond_4_gib(emulator, name):
 def test_rows_of_w_beyond_4_gib(emulator, name):
     kernel, rows, columns = TILES[name]
     last_tile(emulator, kernel, FEW * 4, FAR, -(-FAR // rows) * -(-FEW * 4 // columns) - 1)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(2**23, 8, K), (8, 2**23, K), (8, 8, 2**28 + 32)])
+def test_what_is_too_large_for_one_launch_is_refused(m, n, k):
+    whole = names.get("int8_row")
+    cases: list[tuple[Kernel, Format | str]] = [
+        (gemm.KERNELS[0], "float16"),
+        (hopper.KERNELS[0], "float16"),
+        (integer.KERNELS[0], whole),
+    ]
+    for kernel, x in cases:
+        p = Problem(m, n, k, x, whole, "float32", device="cuda:90:4")
+        refusal = kernel.accepts(p)
+        assert refusal is not None
+        assert "got" in refusal
+        assert kernel.accepts(replace(p, m=8, n=8, k=K)) is None
