@@ -18,15 +18,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowbit.kernels import objects
-from lowbit.kernels.cuda import archive
+from lowbit.kernels.cuda import archive, elf
 from lowbit.kernels.cuda.launch import Source
 
-FOLDER = Path(__file__).parent
+CUTLASS = "4.2"
+"""Release of CUTLASS whose arguments kernels/cutlass builds."""
+FOLDERS = Path(__file__).parent, Path(__file__).parents[1] / "cutlass"
 OPTIONS = (
     "--std=c++17",
     "--device-as-default-execution-space",  # lambdas and constexpr functions of the device
-    "--fmad=false",  # a * b + c rounds twice, as the reference and the emulator round it
 )
+LIBRARY_OPTIONS = {
+    None: ("--fmad=false",),  # a * b + c rounds twice, as the reference and the emulator round it
+    # Without NDEBUG the tensor cores' instructions wait for each other.
+    "cutlass": ("-DNDEBUG", "-DCUTE_USE_PACKED_TUPLE=1", f"-DLOWBIT_CUTLASS={CUTLASS}"),
+}
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"(.+)"', re.MULTILINE)
 _SPECIFIC = (90, 100, 103)  # their tensor cores are reached by code for just one of them
 
@@ -87,12 +93,13 @@ def architecture(capability: int, known: tuple[int, ...] | None = None) -> str:
 
 def key(source: Source, arch: str) -> str:
     """Return what names the machine code of a kernel: a hash of all that decides it but NVRTC."""
-    identity = (objects.SCHEMA, source.text, source.name, arch, OPTIONS, included(source.text))
+    options = *OPTIONS, *LIBRARY_OPTIONS[source.library]
+    identity = (objects.SCHEMA, source.text, source.name, arch, options, included(source.text))
     return objects.digest(repr(identity).encode()).hex()
 
 
 def included(text: str) -> tuple[tuple[str, str], ...]:
-    """Return name and text of this folder's headers that a text includes, directly or not."""
+    """Return name and text of lowbit's headers that a text includes, directly or not."""
     found: dict[str, str] = {}
     waiting = [text]
     while waiting:
@@ -106,14 +113,18 @@ def included(text: str) -> tuple[tuple[str, str], ...]:
 
 @cache
 def _header(name: str) -> str | None:
-    path = FOLDER / name
-    return path.read_text(encoding="utf-8") if path.exists() else None
+    paths = (folder / name for folder in FOLDERS)
+    return next((p.read_text(encoding="utf-8") for p in paths if p.exists()), None)
 
 
 def nvrtc(source: Source, arch: str) -> Cubin:
     """Compile, whatever is kept."""
     binding = _binding()
-    options = (f"--gpu-architecture={arch}", *OPTIONS, *(f"-I{each}" for each in includes()))
+    folders = includes(source.library)
+    options = (
+        f"--gpu-architecture={arch}", *OPTIONS, *LIBRARY_OPTIONS[source.library],
+        *(f"-I{each}" for each in folders),
+    )  # fmt: skip
     program = binding.createProgram(source.text, "kernel.cu", (), ())
     try:
         binding.addNameExpression(program, source.name)
@@ -123,7 +134,7 @@ def nvrtc(source: Source, arch: str) -> Cubin:
             log = binding.getProgramLog(program)
             raise CompileError(f"{source.name} for {arch}: {error}\n{log}") from None
         # CuPy cuts the last byte off, the zero of a text: an ELF file wants its own back.
-        code = binding.getCUBIN(program) + b"\0"
+        code = elf.shortened(binding.getCUBIN(program) + b"\0")
         return Cubin(code, str(binding.getLoweredName(program, source.name)))
     finally:
         binding.destroyProgram(program)
@@ -140,15 +151,35 @@ def supported() -> tuple[int, ...]:
     return tuple(map(int, _binding().getSupportedArchs()))
 
 
-def includes() -> tuple[str, ...]:
-    """Return the folders of headers: lowbit's, then CUDA's."""
+def includes(library: str | None = None) -> tuple[str, ...]:
+    """Return the folders of headers: lowbit's, the library's, then CUDA's."""
+    own = (*map(str, FOLDERS), *(() if library is None else (str(cutlass()),)))
     for folders in _places(version()[0]):
         if any((folder / "cuda_fp16.h").exists() for folder in folders):
-            return str(FOLDER), *(str(folder) for folder in folders if folder.exists())
+            return *own, *(str(folder) for folder in folders if folder.exists())
     raise CompileError(
         f"CUDA's headers (cuda_fp16.h) are not found. {remedy()} brings them, or set CUDA_PATH to "
         "the folder of a CUDA toolkit."
     )
+
+
+def cutlass() -> Path:
+    """Return the folder of CUTLASS's headers: those of the package nvidia-cutlass."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        found = installed("nvidia-cutlass")
+    except PackageNotFoundError:
+        found = "none"
+    if not found.startswith(f"{CUTLASS}."):
+        raise CompileError(
+            f"CUTLASS {CUTLASS} is not installed (found: {found}): "
+            'pip install "lowbit[cutlass]" brings its headers'
+        )
+    spec = importlib.util.find_spec("cutlass_library")
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "source" / "include"
 
 
 def missing() -> str | None:

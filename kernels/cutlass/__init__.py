@@ -1,0 +1,1 @@
+"""Products on CUTLASS's collectives: C++ written from lowbit's declarations, launched through CuPy."""

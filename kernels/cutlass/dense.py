@@ -1,0 +1,218 @@
+"""Operands that tensor cores multiply as they lie in memory, on Hopper: text and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lowbit.kernels.cuda.tensor_maps import TensorMap
+from lowbit.kernels.cutlass import elements, epilogue, schedulers
+from lowbit.kernels.cutlass.epilogue import Node
+from lowbit.kernels.cutlass.records import MAP, Layout, Value, pack, record
+from lowbit.kernels.cutlass.schedulers import Tiling
+
+THREADS = 384
+"""Of a block: those that load, and two groups that multiply."""
+SHARED = 227 * 1024
+"""Bytes of shared memory: one block has a multiprocessor for itself."""
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int32": 32}
+_ROW = 128  # bytes of columns that a box takes
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is compiled into a kernel."""
+
+    x: str
+    """C++ type of x's codes."""
+    w: str
+    out: str
+    """dtype of the result."""
+    tile: tuple[int, int, int]
+    """Rows of the first operand, of the second, columns."""
+    cluster: tuple[int, int]
+    schedule: str
+    """"Pingpong" or "Cooperative"."""
+    turned: bool = False
+    """w is the first operand: for few rows of x, of which a tile then has as few."""
+    fast: bool = False
+    """float8: sums stay in the tensor cores' registers over all columns."""
+    activation: str | None = None
+    residual: str | None = None
+
+    @property
+    def integral(self) -> bool:
+        """Sums are whole numbers."""
+        return self.x in ("int8_t", "uint8_t")
+
+
+@lru_cache(maxsize=256)
+def finish(spec: Spec) -> Node:
+    """activation(alpha * x_scale * (w_scale * sum) + bias) + residual."""
+    x, w = ("columns", "rows") if spec.turned else ("rows", "columns")
+    scaled = epilogue.compute("cutlass::multiplies", epilogue.along(w, "w_scale"), epilogue.SUM)
+    # As fma(x_scale, w_scale * sum, 0), which the kernels of the other backends compute.
+    scaled = epilogue.compute(
+        epilogue.FMA, epilogue.along(x, "x_scale"), scaled, epilogue.scalar("zero")
+    )
+    steps = [(epilogue.FMA, [epilogue.scalar("alpha"), None, epilogue.along(w, "bias")])]
+    if spec.activation is not None:
+        steps.append((f"lb::{spec.activation}", [None]))
+    if spec.residual is not None:
+        steps.append(("cutlass::plus", [None, epilogue.source(spec.residual)]))
+    for i, (function, children) in enumerate(steps):
+        given = elements.DTYPES[spec.out] if i == len(steps) - 1 else "float"
+        scaled = epilogue.compute(function, *(scaled if c is None else c for c in children), out=given)
+    return scaled
+
+
+@lru_cache(maxsize=256)
+def text(spec: Spec) -> str:
+    """C++ of the kernel ``lowbit_gemm``."""
+    first, second = (spec.w, spec.x) if spec.turned else (spec.x, spec.w)
+    layout = "ColumnMajor" if spec.turned else "RowMajor"
+    out = elements.DTYPES[spec.out]
+    added = "void" if spec.residual is None else elements.DTYPES[spec.residual]
+    at_once = 128 // _BITS[spec.out]
+    added_at_once = at_once if spec.residual is None else 128 // _BITS[spec.residual]
+    fast = "FP8FastAccum" if spec.fast else ""
+    after = "" if spec.schedule == "Pingpong" else "Cooperative"
+    shape = ", ".join(f"cute::_{each}" for each in spec.tile)
+    cluster = ", ".join(f"cute::_{each}" for each in (*spec.cluster, 1))
+    sum_ = "int32_t" if spec.integral else "float"
+    return f"""#include "cutlass_gemm.cuh"
+using Tile = cute::Shape<{shape}>;
+using Cluster = cute::Shape<{cluster}>;
+using Finish = {finish(spec).text};
+using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+    cutlass::epilogue::collective::EpilogueTileAuto, {sum_}, float,
+    {added}, cutlass::layout::{layout}, {added_at_once}, {out}, cutlass::layout::{layout}, {at_once},
+    cutlass::epilogue::TmaWarpSpecialized{after}, Finish>::CollectiveOp;
+using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,
+    {first}, cutlass::layout::RowMajor, 16, {second}, cutlass::layout::ColumnMajor, 16, {sum_},
+    Tile, Cluster, cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
+    cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{fast}>::CollectiveOp;
+using Kernel = cutlass::gemm::kernel::GemmUniversal<
+    cute::Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>;
+""" + epilogue.KERNEL.format(clusters=", ".join(map(str, (*spec.cluster, 1))))
+
+
+@lru_cache(maxsize=256)
+def layout(spec: Spec) -> Layout:
+    """Of the kernel's only argument."""
+    counts = [("bytes", "I"), ("bytes_first", "I"), ("bytes_second", "I")]
+    if not spec.integral and not spec.fast:
+        counts.append(("promotion", "I"))
+    mainloop = record(("first", MAP), ("second", MAP), *counts)
+    after = record(("thread", finish(spec).layout), ("c", MAP), ("d", MAP), ("bytes", "I"))
+    shape = record(*((axis, "i") for axis in "mnkl"))
+    cluster = record(*((axis, "I") for axis in "xyz"))
+    hardware = record(
+        ("device", "i"), ("processors", "i"), ("clusters", "i"), ("shape", cluster), ("fallback", cluster)
+    )  # fmt: skip
+    return record(
+        ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", after),
+        ("hardware", hardware), ("scheduler", schedulers.PERSISTENT),
+        *([("workspace", "Q")] if spec.schedule == "Cooperative" else []),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Matrices of one shape, rows without gaps: where they are, and how far apart."""
+
+    address: int
+    pitch: int
+    """Bytes from a row to the next."""
+    batch: int = 0
+    """Bytes from a matrix to the next."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Operands of one launch."""
+
+    m: int
+    n: int
+    k: int
+    x: Matrices
+    w: Matrices
+    out: Matrices
+    finish: tuple[tuple[str, Value], ...]
+    """Operands of the epilogue by name."""
+    residual: Matrices | None = None
+    batches: int = 1
+    swizzle: int = 1
+
+
+def tiling(spec: Spec, call: Call) -> Tiling:
+    """Tiles of the result."""
+    first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
+    m, n, _ = spec.tile
+    return Tiling(-(-first // m), -(-second // n), call.batches, spec.cluster, call.swizzle)
+
+
+def maps(spec: Spec, call: Call) -> dict[str, TensorMap]:
+    """What TMA reads and writes, by the member that describes it."""
+    (m, n, depth), (a, b) = spec.tile, spec.cluster
+    x, w = (call.x, call.m), (call.w, call.n)
+    first, second = (w, x) if spec.turned else (x, w)
+    # A cluster's blocks read a tile once: each a part, for all.
+    found = {
+        "mainloop.first": _codes(*first, call, m // b, depth),
+        "mainloop.second": _codes(*second, call, n // a, depth),
+        "epilogue.d": _result(spec, call, call.out, spec.out),
+    }
+    if call.residual is not None and spec.residual is not None:
+        found["epilogue.c"] = _result(spec, call, call.residual, spec.residual)
+    return {f"{name}.descriptor": each for name, each in found.items()}
+
+
+def _codes(codes: Matrices, rows: int, call: Call, box: int, depth: int) -> TensorMap:
+    return TensorMap(
+        "uint8", codes.address, (call.k, rows, call.batches), (codes.pitch, codes.batch),
+        (min(depth, _ROW), box, 1), _ROW,
+    )  # fmt: skip
+
+
+def _result(spec: Spec, call: Call, given: Matrices, dtype: str) -> TensorMap:
+    rows = 64 if spec.schedule == "Pingpong" else min(128, spec.tile[0])
+    columns = min(32, spec.tile[1])
+    size = _BITS[dtype] // 8
+    box = (min(rows, _ROW // size), columns) if spec.turned else (columns, rows)
+    return TensorMap(
+        dtype, given.address, (call.n, call.m, call.batches), (given.pitch, given.batch),
+        (*box, 1), box[0] * size,
+    )  # fmt: skip
+
+
+def values(spec: Spec, call: Call, processors: int) -> dict[str, Value]:
+    """Members of the kernel's argument, descriptors aside."""
+    first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
+    (m, n, depth), found = spec.tile, finish(spec)
+    added = 0 if spec.residual is None else _BITS[spec.residual] // 8
+    columns = min(32, n)
+    rows = 64 if spec.schedule == "Pingpong" else min(128, m)
+    named = dict(call.finish)
+    return {
+        "shape.m": first, "shape.n": second, "shape.k": call.k, "shape.l": call.batches,
+        "mainloop.bytes": (m + n) * depth,
+        "mainloop.bytes_first": m * depth,
+        "mainloop.bytes_second": n * depth,
+        **({} if spec.integral or spec.fast else {"mainloop.promotion": 4}),
+        "epilogue.bytes": rows * columns * (added or _BITS[spec.out] // 8),
+        **{f"epilogue.thread.{path}": named[name] for name, path in found.operands.items()},
+        "hardware.processors": processors,
+        **schedulers.persistent("scheduler", tiling(spec, call)),
+    }  # fmt: skip
+
+
+def arguments(
+    spec: Spec, call: Call, processors: int, encode: Callable[[TensorMap], bytes]
+) -> bytearray:
+    """The kernel's argument; `encode` makes descriptors."""
+    described = {name: encode(each) for name, each in maps(spec, call).items()}
+    return pack(layout(spec), values(spec, call, processors) | described)

@@ -1,0 +1,96 @@
+"""CUTLASS's own arguments of a kernel: its C++ compiled for the host, with a driver that records."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import struct
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lowbit.kernels.cuda import compile
+from lowbit.kernels.cuda.tensor_maps import KINDS, SWIZZLES, TensorMap
+from lowbit.kernels.cutlass.epilogue import Node
+from lowbit.kernels.cutlass.records import Value
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent.parent / "build" / "cutlass"
+OPTIONS = (
+    "-std=c++17", "-O0", "-fPIC", "-shared", "-w", "-fpermissive", "-DNDEBUG",
+    "-DCUTE_USE_PACKED_TUPLE=1", "-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0",
+    "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL",
+)  # fmt: skip
+
+
+_RECORDED = "<10Q5H4B"
+
+
+def recorded(wanted: TensorMap) -> bytes:
+    """What shim.hpp makes of a descriptor."""
+    rank, void = len(wanted.sizes), [0] * 5
+
+    def five(numbers: tuple[int, ...], count: int = 5) -> list[int]:
+        return [*numbers, *void][:count]
+
+    return struct.pack(
+        f"{_RECORDED}34x", wanted.address, *five(wanted.sizes), *five(wanted.strides, 4),
+        *five(wanted.box), KINDS.index(wanted.kind), rank, SWIZZLES.index(wanted.swizzle), 1,
+    )  # fmt: skip
+
+
+def fields(descriptor: bytes) -> tuple[int, ...]:
+    """A recorded descriptor: address, 5 sizes, 4 strides, box, kind, rank, swizzle, the rest."""
+    return struct.unpack_from(_RECORDED, descriptor)
+
+
+@cache
+def library(text: str) -> Any:
+    """Compile C++ and load it."""
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    folders = [HERE, *compile.includes("cutlass")]
+    headers = [p.read_text() for p in sorted([*HERE.glob("*.hpp")])]
+    key = hashlib.sha256(repr((text, headers, OPTIONS)).encode()).hexdigest()[:24]
+    made = BUILD / f"{key}.so"
+    if not made.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        written = BUILD / f"{key}.cpp"
+        written.write_text(text)
+        paths = [f"-I{folder}" for folder in folders]
+        command = [compiler, *OPTIONS, *paths, str(written), "-o", str(made)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        assert result.returncode == 0, "\n".join(errors[:20])
+    return ctypes.CDLL(str(made))
+
+
+SELECT = {
+    "pointer": "pointer({}, 0)",
+    "default": "{}.null_default",
+    "steps.step": "step({})",
+    "steps.batch": "cute::get<2>(steps({}, 0))",
+    "scalars": "{}.scalars[0]",
+}
+"""Of a visitor's arguments, by the name of its member in epilogue.py."""
+
+
+def setter(node: Node) -> str:
+    """C++ that sets a tree's arguments from numbers in the order of its operands."""
+    lines = []
+    for i, path in enumerate(node.operands.values()):
+        member = next(m for m in SELECT if path.endswith(m))
+        visitor = "a." + path.removesuffix("." + member)
+        lines.append(f"    put({SELECT[member].format(visitor)}, bits[{i}]);\n")
+    head = "inline void set(typename Finish::Arguments& a, const std::uint64_t* bits) {\n"
+    return '#include "epilogue.hpp"\n' + head + "".join(lines) + "}\n"
+
+
+def bits(value: Value) -> int:
+    """A member's bytes as a number."""
+    if isinstance(value, float):
+        return int.from_bytes(struct.pack("<f", value), "little")
+    assert isinstance(value, int)
+    return value % (1 << 64)
