@@ -15,6 +15,7 @@ from planted import Planted, flattened
 
 import lowbit as lb
 from lowbit.formats import codes, reference
+from lowbit.kernels import layers
 from lowbit.kernels.cuda import emit_quantize, fused, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.declare import ACTIVATION_ERROR
@@ -88,7 +89,7 @@ def test_silu_mul(batch: Batch, name: str, dtype: str) -> None:
         gate = large if dtype == "float32" else settled(gate)
         with launch.pretending(batch):
             got = fused.silu_mul_quantize(gate, up, fmt).settled()
-        same(got, reference.quantize(fmt, fused.silu_mul(gate, up)))
+        same(got, reference.quantize(fmt, layers.silu_mul(gate, up)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -133,7 +134,7 @@ def check_rmsnorm(machine: Emulator, name: str, dtype: str, shape: tuple[int, ..
         with launch.pretending(machine):
             got, updated = fused.rmsnorm_quantize(x, weight, 1e-6, fmt, residual)
         if x.size:
-            y, h = fused.rmsnorm(x, weight, 1e-6, residual)
+            y, h = layers.rmsnorm(x, weight, 1e-6, residual)
         else:
             y = h = x
         same(got.settled(), reference.quantize(fmt, y))
@@ -146,7 +147,7 @@ def check_rmsnorm(machine: Emulator, name: str, dtype: str, shape: tuple[int, ..
 def test_rmsnorm_in_numpy_is_the_formula() -> None:
     """Against float64, with every float32 rounding counted."""
     x, weight = drawn((4, 3000), "float32", 7), drawn((3000,), "float32", 8)
-    y, _ = fused.rmsnorm(x, weight, 1e-5)
+    y, _ = layers.rmsnorm(x, weight, 1e-5)
     wide = x.astype(np.float64)
     exact = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * weight
     # The sum: 16 terms of a thread, 5 levels of lanes, 8 warps. Then mean, eps, root (which halves
@@ -154,21 +155,21 @@ def test_rmsnorm_in_numpy_is_the_formula() -> None:
     roundings = (16 + 5 + 8 + 3) / 2 + 4
     assert (np.abs(y - exact) <= roundings * 2.0**-24 * 1.01 * np.abs(exact)).all()
     same_sum = (wide**2).sum(-1)
-    assert np.allclose(fused.sum_of_squares(x), same_sum, rtol=29 * 2.0**-24, atol=0)
+    assert np.allclose(layers.sum_of_squares(x), same_sum, rtol=29 * 2.0**-24, atol=0)
 
 
 def test_fma_in_numpy_rounds_once() -> None:
     x = np.array([1 + 2.0**-12, 2.0**-12, 3.0], np.float32)
     total = np.array([2.0**-40, 1.0, -9.0], np.float32)
     # (1 + 2^-12)^2 ends in 2^-24, a tie between float32 numbers that 2^-40 decides.
-    assert fused._fma(x, total).tolist() == [1 + 2.0**-11 + 2.0**-23, 1.0, 0.0]
+    assert layers._fma(x, total).tolist() == [1 + 2.0**-11 + 2.0**-23, 1.0, 0.0]
 
 
 def test_weights_of_another_dtype_than_x(emulator: Emulator) -> None:
     x, weight = drawn((3, 264), "bfloat16", 9), drawn((264,), "float32", 10)
     with launch.pretending(emulator):
         got, _ = fused.rmsnorm_quantize(x, weight, 1e-6, lb.format("fp8"))
-    same(got.settled(), reference.quantize(lb.format("fp8"), fused.rmsnorm(x, weight, 1e-6)[0]))
+    same(got.settled(), reference.quantize(lb.format("fp8"), layers.rmsnorm(x, weight, 1e-6)[0]))
 
 
 @pytest.mark.parametrize("columns", [520, 517])
@@ -179,8 +180,8 @@ def test_halves_of_one_array(batch: Batch, columns: int) -> None:
     with launch.pretending(batch):
         got = fused.silu_mul_quantize(gate, up, fmt).settled()
         norm, _ = fused.rmsnorm_quantize(gate, up[0, 0].copy(), 1e-6, fmt, up)
-    same(got, reference.quantize(fmt, fused.silu_mul(gate, up)))
-    expected = fused.rmsnorm(gate, up[0, 0], 1e-6, up)[0]
+    same(got, reference.quantize(fmt, layers.silu_mul(gate, up)))
+    expected = layers.rmsnorm(gate, up[0, 0], 1e-6, up)[0]
     same(norm.settled(), reference.quantize(fmt, expected))
 
 
@@ -282,7 +283,7 @@ def test_planted_bugs_are_caught(batch: Batch, bug: Planted) -> None:
         machine = Swapped(text, seed)
         with launch.pretending(machine):
             got, updated = fused.rmsnorm_quantize(x, weight, 1e-6, fmt, other)
-        y, h = fused.rmsnorm(x, weight, 1e-6, other)
+        y, h = layers.rmsnorm(x, weight, 1e-6, other)
         same(got.settled(), reference.quantize(fmt, y))
         assert updated is not None
         equal = updated.tobytes() == h.tobytes()

@@ -1,33 +1,27 @@
 """Layers that end in a quantization, in one pass over memory.
 
-The results are those of `quantize` after the layer, bit for bit, so that fusing changes nothing. A
-step is rounded to x's dtype where separate layers would write it, as vLLM and Hugging Face do::
-
-    silu_mul    y = T(T(silu(gate)) * up)
-    rmsnorm     h = T(x + residual)          y = T(T(h / sqrt(mean(h^2) + eps)) * weight)
-
-T rounds to x's dtype; everything between is float32. `silu_mul` and `rmsnorm` below are these
-formulas in NumPy. silu is wrong by `kernels.declare.ACTIVATION_ERROR` at most; the sum of squares
-has the order of `sum_of_squares`.
+The results are those of `quantize` after the layer, as `kernels.layers` defines it, bit for bit, so
+that fusing changes nothing. Only silu may differ, by `kernels.declare.ACTIVATION_ERROR` at most.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from lowbit.formats import codes, reference, scaling
+from lowbit.formats import reference, scaling
 from lowbit.formats.declare import Format
 from lowbit.formats.reference import Packed
+from lowbit.kernels import layers
 from lowbit.kernels.cuda import emit_quantize, launch
 from lowbit.kernels.cuda.emit_quantize import NUMBERS, Spec
 from lowbit.kernels.cuda.launch import Machine, Source
 from lowbit.kernels.cuda.quantize import (
     GROUP,
-    TILES,
     Pending,
     Reading,
     alignment,
@@ -37,65 +31,6 @@ from lowbit.kernels.cuda.quantize import (
 )
 
 Array = Any
-
-
-# What they mean, in NumPy.
-
-
-def silu_mul(gate: Array, up: Array) -> Array:
-    """silu(gate) * up with silu in float64: the kernel's may differ by its error bound."""
-    wide = gate.astype(np.float64)
-    with np.errstate(over="ignore"):
-        rounded = codes.rounded(wide / (1 + np.exp(-wide)), gate.dtype)
-        product = rounded.astype(np.float32) * up.astype(np.float32)
-    return codes.rounded(product, gate.dtype)
-
-
-def rmsnorm(
-    x: Array, weight: Array, eps: float, residual: Array | None = None
-) -> tuple[Array, Array]:
-    """The normalized rows and the updated residual, with the kernel's own order of the sum."""
-    if residual is not None:
-        total = x.astype(np.float32) + residual.astype(np.float32)
-        x = codes.rounded(total, x.dtype)
-    wide = x.astype(np.float32)
-    mean = sum_of_squares(wide) / np.float32(x.shape[-1])
-    factor = np.float32(1) / np.sqrt(mean + np.float32(eps))
-    normal = codes.rounded(wide * factor[..., None], x.dtype).astype(np.float32)
-    return codes.rounded(normal * weight.astype(np.float32), x.dtype), x
-
-
-def sum_of_squares(x: Array) -> Array:
-    """Of float32 rows: fma along a thread's octets, then a tree over lanes, then warps in order."""
-    threads, held = _tile(x.shape[-1])
-    padded = np.zeros((*x.shape[:-1], held * threads * 8), np.float32)
-    padded[..., : x.shape[-1]] = x
-    parts = padded.reshape(*x.shape[:-1], held, threads, 8)
-    sums = np.zeros((*x.shape[:-1], threads), np.float32)
-    for h in range(held):
-        for i in range(8):
-            sums = _fma(parts[..., h, :, i], sums)
-    lanes = sums.reshape(*x.shape[:-1], threads // 32, 32)
-    for distance in (16, 8, 4, 2, 1):
-        lanes = lanes + lanes[..., np.arange(32) ^ distance]
-    total = lanes[..., 0, 0]
-    for warp in range(1, threads // 32):
-        total = total + lanes[..., warp, 0]
-    return total
-
-
-def _fma(x: Array, total: Array) -> Array:
-    """x * x + total in float32, rounded once: the float64 sum is rounded to odd before."""
-    product, addend = x.astype(np.float64) ** 2, total.astype(np.float64)
-    near = product + addend
-    back = near - product
-    lost = (product - (near - back)) + (addend - back)  # exact: Knuth's sum of two
-    toward = np.nextafter(near, np.where(lost > 0, np.inf, -np.inf))
-    even = near.view(np.int64) % 2 == 0
-    return np.where((lost != 0) & even, toward, near).astype(np.float32)
-
-
-# Launches.
 
 
 def refuse(fmt: Format, x: Array, kind: str = "rmsnorm") -> str | None:
@@ -117,7 +52,8 @@ def refuse(fmt: Format, x: Array, kind: str = "rmsnorm") -> str | None:
         if chosen is None or (chosen.threads > 256 and emit_quantize.searched(fmt.element)):
             return f"no thread block holds a group of {wide} columns"
         return None
-    if _tile(columns) not in TILES or 8 * x.itemsize * math.prod(_tile(columns)) > 1 << 16:
+    held = layers.tile(columns)
+    if held not in layers.TILES or 8 * x.itemsize * math.prod(held) > 1 << 16:
         return f"no thread block holds a row of {columns} columns"
     if wide < columns and (wide % 8 or wide > GROUP or (wide // 8) & (wide // 8 - 1)):
         return f"groups of {wide} columns are not 8, 16, 32 ... {GROUP}"
@@ -149,12 +85,18 @@ def silu_mul_quantize(gate: Array, up: Array, fmt: Format) -> Pending:
 
 
 def rmsnorm_quantize(
-    x: Array, weight: Array, eps: float, fmt: Format, residual: Array | None = None
+    x: Array,
+    weight: Array,
+    eps: float,
+    fmt: Format,
+    residual: Array | None = None,
+    updated: Array | None = None,
 ) -> tuple[Pending, Array | None]:
     """Launch what normalizes rows and quantizes them; nothing waits.
 
     `x`, and `residual` if there is one, have columns next to each other and rows a fixed distance
-    apart; `weight` is one row of any float dtype.
+    apart; `weight` is one row without gaps, of any of their dtypes. x + residual is written to
+    `updated`, if that is given: C-contiguous memory of x's shape and dtype.
 
     Returns
     -------
@@ -164,7 +106,8 @@ def rmsnorm_quantize(
     machine = launch.machine_of(x)
     spec = emit_quantize.spec(fmt)
     parts, flat, flag = _parts(machine, fmt, x.shape)
-    updated = None if residual is None else machine.empty(x.shape, x.dtype)
+    if residual is not None and updated is None:
+        updated = machine.empty(x.shape, x.dtype)
     if not x.size:
         return Pending(parts, flag), updated
     rows = rows_of(x, "x")
@@ -193,19 +136,13 @@ def rmsnorm_quantize(
 def _rmsnorm(
     spec: Spec, x: str, weight: str, columns: int, residual: bool, grouped: bool
 ) -> Source:
-    threads, held = _tile(columns)
+    threads, held = layers.tile(columns)
     words = ["true" if word else "false" for word in (residual, grouped)]
     arguments = ", ".join(
         [spec.name, f"lb::quant::{NUMBERS[x]}", f"lb::quant::{NUMBERS[weight]}",
          str(threads), str(held), *words]
     )  # fmt: skip
     return emit_quantize.source("fused.cuh", spec, "rmsnorm_rows", arguments, threads)
-
-
-def _tile(columns: int) -> tuple[int, int]:
-    """Threads and octets a thread for a row; beyond all of TILES where nothing holds it."""
-    fits = (tile for tile in TILES if -(-columns // 8) <= math.prod(tile))
-    return next(fits, (1024, -(-columns // (8 * 1024))))
 
 
 def _parts(machine: Machine, fmt: Format, shape: tuple[int, ...]) -> tuple[Packed, Packed, Array]:
@@ -229,20 +166,26 @@ def _parts(machine: Machine, fmt: Format, shape: tuple[int, ...]) -> tuple[Packe
     return parts, flat, machine.zeros((1,), np.uint32)
 
 
+def in_rows(x: Array) -> bool:
+    """Whether columns lie next to each other, and all rows a fixed distance apart."""
+    return x.strides[-1] == x.itemsize and _even(x)
+
+
 def rows_of(x: Array, argument: str) -> Array:
     """All rows as one matrix, a view; a ValueError where they do not lie a fixed distance apart."""
     if x.ndim == 2:
         return x
-    steps = x.strides[:-1]
-    even = all(
-        x.shape[i] == 1 or steps[i] == steps[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2)
-    )
-    if not even:
+    if not _even(x):
         raise ValueError(
             f"{argument}: rows of shape {x.shape} and strides {x.strides} do not lie a fixed "
             "distance apart; copy it first"
         )
     return x.reshape(-1, x.shape[-1])
+
+
+def _even(x: Array) -> bool:
+    steps = [(x.shape[i], x.strides[i]) for i in range(x.ndim - 1) if x.shape[i] != 1]
+    return all(outer == step * length for (_, outer), (length, step) in pairwise(steps))
 
 
 def _described(machine: Machine, rows: Array) -> tuple[Any, ...]:
