@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lowbit.grouped import grouped_matmul as grouped_matmul
     from lowbit.kernels.cpu.pool import get_num_threads as get_num_threads
     from lowbit.kernels.cpu.pool import set_num_threads as set_num_threads
+    from lowbit.layering import quantize_rmsnorm as quantize_rmsnorm
+    from lowbit.layering import quantize_silu_mul as quantize_silu_mul
     from lowbit.plans import plan as plan
     from lowbit.products import linear as linear
     from lowbit.products import matmul as matmul
@@ -54,6 +56,8 @@ _HOMES = {
     "matmul": "products",
     "plan": "plans",
     "quantize": "quantizing",
+    "quantize_rmsnorm": "layering",
+    "quantize_silu_mul": "layering",
     "set_num_threads": "kernels.cpu.pool",
     "stack": "shaping",
 }

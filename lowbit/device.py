@@ -83,6 +83,22 @@ class Host:
             return None
         return compiled.quantize(fmt, x, method=method, scale=scale, zero=zero)
 
+    def quantize_silu_mul(self, fmt: Format, gate: Array, up: Array) -> Packed | None:
+        """silu(gate) * up in a format by one kernel; None: it takes the layer, then `quantize`."""
+        return None
+
+    def quantize_rmsnorm(
+        self,
+        fmt: Format,
+        x: Array,
+        weight: Array,
+        eps: float,
+        residual: Array | None,
+        updated: Array | None,
+    ) -> Packed | None:
+        """Normalized rows in a format by one kernel, x + residual in `updated`; None as there."""
+        return None
+
     def dequantize_to(self, parts: Packed, out: Array) -> None:
         """Write the values, rounded once to the dtype of `out`."""
         if out.size >= _LEAST:
@@ -176,6 +192,43 @@ class Gpu:
             nan = self.xp.full((), np.nan, shared.dtype)
             self.xp.copyto(shared, nan, where=pending.flag[0] != 0)
         return parts
+
+    def quantize_silu_mul(self, fmt: Format, gate: Array, up: Array) -> Packed | None:
+        """As `Host.quantize_silu_mul`; waits until the device has looked at every number."""
+        from lowbit.kernels.cuda import fused
+
+        with self.current():
+            gate, up = self._in_rows(gate), self._in_rows(up)
+            if fused.refuse(fmt, gate, "silu_mul"):
+                return None
+            return fused.silu_mul_quantize(gate, up, fmt).settled()
+
+    def quantize_rmsnorm(
+        self,
+        fmt: Format,
+        x: Array,
+        weight: Array,
+        eps: float,
+        residual: Array | None,
+        updated: Array | None,
+    ) -> Packed | None:
+        """As `Host.quantize_rmsnorm`; waits until the device has looked at every number."""
+        from lowbit.kernels.cuda import fused
+
+        with self.current():
+            x, other = self._in_rows(x), None if residual is None else self._in_rows(residual)
+            if fused.refuse(fmt, x):
+                return None
+            narrow = np.float32 if weight.dtype == np.float64 else weight.dtype
+            weight = self.xp.ascontiguousarray(weight, narrow)
+            pending, _ = fused.rmsnorm_quantize(x, weight, eps, fmt, other, updated)
+            return pending.settled()
+
+    def _in_rows(self, x: Array) -> Array:
+        """As fused kernels read it: an array, or a copy of it."""
+        from lowbit.kernels.cuda import fused
+
+        return x if fused.in_rows(x) else self.xp.ascontiguousarray(x)
 
     def dequantize_to(self, parts: Packed, out: Array) -> None:
         """As `Host.dequantize_to`; what kernels leave to the reference goes through the host."""
