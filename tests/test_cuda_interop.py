@@ -21,6 +21,7 @@ import lowbit as lb
 from lowbit import cuda_interop, device, dispatch, interop
 from lowbit.dlpack import Exported, Relabelled
 from lowbit.kernels.cuda import launch
+from lowbit.kernels.cuda import quantize as cuda_quantize
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(5, 64)).astype(np.float32)
@@ -212,6 +213,45 @@ def test_a_tensor_is_multiplied_on_its_stream(machine, cupy, stream, dtype, monk
     assert lb.linear(x.as_subclass(Cuda), there, out=out) is out
     assert torch.equal(out.as_subclass(torch.Tensor), plain)
     assert set(machine.streams) == {stream}
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (64,)])
+def test_layers_end_quantized_on_the_stream_of_a_tensor(
+    machine, cupy, stream, name, shape, monkeypatch
+):
+    """By a kernel, or by way of the host; the residual is memory of torch's."""
+    # Copies to and from the host are the driver's work.
+    streams = []
+
+    def get(self: Any, array: Any) -> Any:
+        streams.append(cupy.cuda.get_current_stream().ptr)
+        return on_host(array).copy()
+
+    def put(self: Any, array: Any) -> Any:
+        streams.append(cupy.cuda.get_current_stream().ptr)
+        return sent(cupy, array)
+
+    def write(self: Any, _: Any, value: Any) -> None:
+        streams.append(cupy.cuda.get_current_stream().ptr)
+        on_host(self)[...] = on_host(value)
+
+    monkeypatch.setattr(device.Gpu, "get", get)
+    monkeypatch.setattr(device.Gpu, "put", put)
+    monkeypatch.setattr(cupy.ndarray, "__setitem__", write)
+    monkeypatch.setattr(cuda_quantize.Pending, "settled", lambda self: self.parts)
+    x, residual = torch.from_numpy(RNG.normal(size=(2, *shape))).to(torch.bfloat16)
+    weight = x.reshape(-1, 64)[0].clone()
+    there = [each.as_subclass(Cuda) for each in (x, weight, residual)]
+    w, updated = lb.quantize_rmsnorm(there[0], there[1], name, residual=there[2])
+    expected, h = lb.quantize_rmsnorm(x, weight, name, residual=residual)
+    assert type(updated) is Cuda
+    assert updated.dtype == torch.bfloat16
+    assert torch.equal(updated.as_subclass(torch.Tensor), h)
+    assert type(w.codes) is cupy.ndarray
+    assert (on_host(w.codes.view(np.uint8)) == expected.codes.view(np.uint8)).all()
+    assert set(machine.streams + streams) == {stream}
+    assert len(machine.streams) == (name == "mxfp8")
 
 
 def test_streams_that_are_one_are_left_alone(machine, cupy, stream, monkeypatch):
