@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _USUAL = 64  # rows that batch-invariant kernels are chosen for
+_LAST = 1e9  # seconds that put a kernel behind all that need not be asked for
 _USUAL_THREADS = 4  # that kernels are compared on
 
 
@@ -57,6 +58,8 @@ def judge(problem: Problem) -> list[Verdict]:
         if refusal is None:
             seconds = kernel.cost(asked)
             order = kernel.cost(replace(compared, layout=kernel.layouts[-1]))
+            if kernel.by_name:
+                order += _LAST
         verdicts.append((order, kernel.name, Verdict(kernel, refusal, seconds)))
     return [verdict for *_, verdict in sorted(verdicts, key=lambda found: found[:2])]
 

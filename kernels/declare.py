@@ -125,6 +125,10 @@ class Kernel:
     """The arithmetic that the published error bound is derived from."""
     layouts: tuple[str, ...] = ("rows",)
     """Arrangements of w that it reads; the last one is the one it likes best."""
+    describe: Callable[[Problem], str] | None = None
+    """For an accepted problem: tiles and schedule, for `explain`."""
+    by_name: bool = False
+    """Never chosen unless it is asked for."""
     fused: Callable[[Problem, str], FusedBind | None] | None = None
     """fused(problem, dtype): for an accepted problem whose x is a format, the same product from a
     dense x of this dtype, quantized inside; None where it does not do that."""

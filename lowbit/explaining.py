@@ -81,6 +81,8 @@ class Explanation:
             f"expected share of the floor: {share:.0f} % (costs are {self.source(chosen.kernel)})",
             f"rounding: {chosen.kernel.roundings(p).note}",
         ]
+        if chosen.kernel.describe is not None and chosen.refusal is None:
+            lines.append(f"{chosen.kernel.name}: {chosen.kernel.describe(p)}")
         for v in self.verdicts:
             mark = "->" if v.kernel.name == self.kernel else "  "
             said = f"no: {v.refusal}"

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lowbit.kernels.cuda import compile, gpu, launch
+from lowbit.kernels.cuda import compile, gpu, launch, tensor_maps
 from lowbit.kernels.cuda.launch import Device, Source
 
 SMALL = Source("text", "small<int>", 128, 1024)
@@ -34,6 +34,14 @@ class Array(np.ndarray):
 
 def array(given: Any) -> Array:
     return np.asarray(given).view(Array)
+
+
+class ByValue:
+    """What CuPy makes of an argument that it passes by value."""
+
+    def __init__(self, array: Any) -> None:
+        assert isinstance(array, np.ndarray), "of a scalar it would take the address of a copy"
+        self.array = array
 
 
 class Cupy:
@@ -78,7 +86,7 @@ class Cupy:
 
         self.cuda = SimpleNamespace(
             Device=On,
-            function=SimpleNamespace(Module=Module),
+            function=SimpleNamespace(Module=Module, CNumpyArray=ByValue),
             driver=SimpleNamespace(
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
                 funcSetAttribute=lambda *given: self.attributes.append(given),
@@ -149,9 +157,11 @@ def cupy(monkeypatch):
             f"{source.name} {capability} {driver}".encode(), f"lowered {source.name}"
         ),
     )
-    gpu.machine.cache_clear()
+    for remembered in (gpu.machine, gpu.number):
+        remembered.cache_clear()
     yield found
-    gpu.machine.cache_clear()
+    for remembered in (gpu.machine, gpu.number):
+        remembered.cache_clear()
 
 
 def test_a_device_is_looked_at_once(cupy):
@@ -181,6 +191,14 @@ def test_a_kernel_is_loaded_once_and_launched_where_it_lies(cupy):
     assert cupy.launches[1][4] == 0
     assert gpu.machine(0).function(SMALL) is not function
     assert cupy.loaded[1] == (b"small<int> 90 13000", 0)
+
+
+def test_numbers_are_made_once_in_the_size_of_their_parameter(cupy):
+    number = gpu.machine(0).number
+    assert number(np.int32, 5) is number(np.int32, 5)
+    for kind in (np.int32, np.int64, np.float64):
+        held = number(kind, 1).array
+        assert (held.dtype, held.size, held.tobytes()) == (kind, 1, kind(1).tobytes())
 
 
 def test_more_shared_memory_is_asked_for(cupy):
@@ -294,7 +312,7 @@ def driver(monkeypatch):
         calls.append([list(each) if hasattr(each, "_length_") else each for each in given])
         return 1 if given[1] != 2 or given[4][0] == 4096 else 0
 
-    monkeypatch.setattr(gpu, "_encode_tiled", lambda: encode)
+    monkeypatch.setattr(tensor_maps, "_encode_tiled", lambda: encode)
     gpu._encoded.cache_clear()
     yield calls
     gpu._encoded.cache_clear()
@@ -313,8 +331,8 @@ def test_a_tensor_map_is_passed_by_value(cupy, driver):
     address = x.ctypes.data
     assert driver == [[1, 2, address, [72, 100], [144, 0], [32, 64], [1, 1], 0, 3, 2, 0]]
     # CuPy passes the bytes of a NumPy array of size 1, whatever its dtype.
-    assert isinstance(found, np.ndarray)
-    assert (found.size, found.nbytes, found.tobytes()) == (1, 128, bytes(range(128)))
+    held = found.array
+    assert (held.size, held.nbytes, held.tobytes()) == (1, 128, bytes(range(128)))
     codes = aligned((8, 64), np.uint8)
     gpu.machine(0).tensor_map(codes, (8, 64), swizzle=0)
     gpu.machine(0).tensor_map(codes, (8, 64), swizzle=0)

@@ -74,7 +74,7 @@ def test_refusals_say_why(gpu, w, x, k, reason):
 
 
 def test_it_is_for_hopper(gpu):
-    gpu.device = launch.Device(89, 128)
+    gpu.device = launch.Device(89, 128, plain=True)
     refusal = conformance.refusal(
         WGMMA, np.ones((3, 128), np.float16), random_qarray("int4_row", 5, 128)
     )

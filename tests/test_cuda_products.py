@@ -123,7 +123,7 @@ SHARING += [("matmul.cuda.wgmma", "bfloat16", "int4_g128")]
 
 @pytest.mark.parametrize(("kernel", "x", "w"), SHARING)
 def test_blocks_share_the_columns_in_a_fixed_order(gpu, kernel, x, w):
-    gpu.device = Device(90, 64)
+    gpu.device = Device(90, 64, plain=True)
     left, right = conformance.dense_or_quantized(x, 9, 2048), random_qarray(w, 100, 2048)
     problem = lb.explain(left, right.T, kernel=kernel).problem
     found = []
@@ -138,7 +138,7 @@ def test_blocks_share_the_columns_in_a_fixed_order(gpu, kernel, x, w):
 
 
 def test_a_row_does_not_depend_on_the_others_where_that_is_asked(gpu):
-    gpu.device = Device(90, 64)
+    gpu.device = Device(90, 64, plain=True)
     x, w = conformance.dense_or_quantized("float16", 70, 1500), random_qarray("int4_g64", 40, 1500)
     whole = lb.matmul(x, w.T, kernel=MMA, batch_invariant=True)
     for rows in (slice(0, 1), slice(5, 17), slice(30, 70)):
@@ -255,12 +255,12 @@ def test_cublas_takes_empty_axes(gpu, m, n, k):
 @pytest.mark.parametrize("x", ["fp8_row", "fp8_e5m2_g64", "fp8_g128"])
 @pytest.mark.parametrize("w", ["fp8_128x128", "fp8_e5m2_row", "mxfp8"])
 def test_float8_has_an_instruction_on_ada(gpu, x, w):
-    gpu.device = Device(89, 4)
+    gpu.device = Device(89, 4, plain=True)
     kernel = "matmul.cuda.float8"
     conformance.exact_products(kernel, w, x)
     assert conformance.bounded_products(kernel, w, x) > 0
     left, right = conformance.dense_or_quantized(x, 3, 320), random_qarray(w, 5, 320)
     result = lb.matmul(left, right.T, kernel=kernel)
     assert 0 < assert_within_bound(result, left, right.T, kernel=kernel) < 1
-    gpu.device = Device(90, 4)
+    gpu.device = Device(90, 4, plain=True)
     assert "no such instruction" in str(conformance.refusal(kernel, left, right))

@@ -64,7 +64,7 @@ def theirs(spec: Spec, call: Call, processors: int) -> tuple[bytes, tuple[int, .
     """CUTLASS's arguments and grid."""
     setter = host.setter(dense.finish(spec))
     text = f'#include "shim.hpp"\n{dense.text(spec)}{setter}#include "dense.hpp"\n'
-    built = host.library(text)
+    built = host.compiled(text)
     named = dict(call.finish)
     bits = [host.bits(named[name]) for name in dense.finish(spec).operands]
     finish = (ctypes.c_uint64 * len(bits))(*bits)

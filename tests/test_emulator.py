@@ -188,7 +188,7 @@ def test_launches_that_a_gpu_refuses(emulator: Emulator):
             f(grid, block, (x,))
     with pytest.raises(EmulatorError, match="200001 bytes of shared memory, compiled for 200000"):
         f((1,), (1,), (x,), shared_mem=200_001)
-    emulator.device = Device(89, 128)
+    emulator.device = Device(89, 128, plain=True)
     with pytest.raises(EmulatorError, match="a block of cuda:89:128 has at most 101376"):
         f((1,), (1,), (x,), shared_mem=200_000)
 

@@ -26,6 +26,7 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue, Problem, choose
 from lowbit.kernels.cuda import dequantize, fused, launch, quantize
 from lowbit.kernels.cuda.launch import Device, Source
+from lowbit.kernels.cuda.tensor_maps import TensorMap
 
 Point = tuple[str, Work, int]
 """Contender, work, rows of x."""
@@ -59,9 +60,21 @@ class Recorder:
         """Memory."""
         return np.zeros(1, np.int32)
 
+    def number(self, kind: type[np.generic], value: float) -> Any:
+        """A number as launches here take it."""
+        return kind(value)
+
     def matmul(self, x: Any, w: Any) -> Any:
         """Memory for the vendor's product."""
         return np.empty((x.shape[0], w.shape[0]), np.float32)
+
+    def encode(self, wanted: TensorMap) -> bytes:
+        """Nothing of the right size."""
+        return bytes(128)
+
+    def by_value(self, data: bytes) -> Any:
+        """Nothing."""
+        return None
 
     def address(self, array: Any) -> int:
         """Where CuPy's arrays begin: at multiples of 512."""

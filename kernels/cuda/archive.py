@@ -1,4 +1,7 @@
-"""Machine code that comes with the package: one compressed file for each architecture."""
+"""Machine code that comes with the package: one compressed file for each architecture.
+
+Kernels on a library are big, and have a file each.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,20 @@ class Archive(NamedTuple):
 
 
 @cache
-def load(arch: str) -> Archive | None:
-    """Return the archive of an architecture; None where the package has none."""
-    path = FOLDER / f"{arch}.xz"
+def load(arch: str, alone: str | None = None) -> Archive | None:
+    """Return the archive of an architecture, or of one kernel's key; None where there is none."""
+    path = FOLDER / f"{file_of(arch, alone)}.xz"
     return unpack(path.read_bytes()) if path.exists() else None
+
+
+def exists(arch: str, alone: str) -> bool:
+    """Return whether a kernel has an archive of its own."""
+    return (FOLDER / f"{file_of(arch, alone)}.xz").exists()
+
+
+def file_of(arch: str, alone: str | None = None) -> str:
+    """Return the name of an archive: of an architecture, or of a kernel that has its own."""
+    return arch if alone is None else f"{arch}-{alone[:20]}"
 
 
 def unpack(packed: bytes) -> Archive:
@@ -41,8 +54,8 @@ def unpack(packed: bytes) -> Archive:
     return Archive((major, minor), cubins)
 
 
-def save(arch: str, archive: Archive, folder: Path) -> int:
-    """Write the archive of an architecture and return its size. Equal content gives equal bytes."""
+def save(name: str, archive: Archive, folder: Path) -> int:
+    """Write an archive and return its size. Equal content gives equal bytes."""
     import lzma
 
     order = sorted(archive.cubins.items())
@@ -52,5 +65,5 @@ def save(arch: str, archive: Archive, folder: Path) -> int:
     data = head.encode() + b"\n" + b"".join(code for _, (code, _) in order)
     packed = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     folder.mkdir(exist_ok=True)
-    (folder / f"{arch}.xz").write_bytes(packed)
+    (folder / f"{name}.xz").write_bytes(packed)
     return len(packed)

@@ -13,26 +13,21 @@ import re
 import sys
 import threading
 import time
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowbit.kernels import objects
 from lowbit.kernels.cuda import archive, elf
 from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cutlass import library
 
-CUTLASS = "4.2"
-"""Release of CUTLASS whose arguments kernels/cutlass builds."""
-FOLDERS = Path(__file__).parent, Path(__file__).parents[1] / "cutlass"
+FOLDER = Path(__file__).parent
 OPTIONS = (
     "--std=c++17",
     "--device-as-default-execution-space",  # lambdas and constexpr functions of the device
 )
-LIBRARY_OPTIONS = {
-    None: ("--fmad=false",),  # a * b + c rounds twice, as the reference and the emulator round it
-    # Without NDEBUG the tensor cores' instructions wait for each other.
-    "cutlass": ("-DNDEBUG", "-DCUTE_USE_PACKED_TUPLE=1", f"-DLOWBIT_CUTLASS={CUTLASS}"),
-}
+_OWN = ("--fmad=false",)  # a * b + c rounds twice, as the reference and the emulator round it
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"(.+)"', re.MULTILINE)
 _SPECIFIC = (90, 100, 103)  # their tensor cores are reached by code for just one of them
 
@@ -91,9 +86,23 @@ def architecture(capability: int, known: tuple[int, ...] | None = None) -> str:
     return f"sm_{capability}{'a' if capability in _SPECIFIC else ''}"
 
 
+def options_of(source: Source) -> tuple[str, ...]:
+    """Return what NVRTC is told beside architecture and folders."""
+    return *OPTIONS, *(_OWN if source.library is None else library.OPTIONS)
+
+
+@lru_cache(maxsize=4096)
+def lacking(source: Source, capability: int) -> str | None:
+    """Say why a kernel on a library cannot be had, and what would help; None if it can."""
+    arch = architecture(capability)
+    if library.headers() is not None or archive.exists(arch, key(source, arch)):
+        return None
+    return f"machine code of this one does not come with lowbit; {library.remedy()}"
+
+
 def key(source: Source, arch: str) -> str:
     """Return what names the machine code of a kernel: a hash of all that decides it but NVRTC."""
-    options = *OPTIONS, *LIBRARY_OPTIONS[source.library]
+    options = options_of(source)
     identity = (objects.SCHEMA, source.text, source.name, arch, options, included(source.text))
     return objects.digest(repr(identity).encode()).hex()
 
@@ -113,18 +122,29 @@ def included(text: str) -> tuple[tuple[str, str], ...]:
 
 @cache
 def _header(name: str) -> str | None:
-    paths = (folder / name for folder in FOLDERS)
+    paths = (FOLDER / name, library.FOLDER / name)
     return next((p.read_text(encoding="utf-8") for p in paths if p.exists()), None)
 
 
 def nvrtc(source: Source, arch: str) -> Cubin:
     """Compile, whatever is kept."""
+    return nvrtc_said(source, arch)[0]
+
+
+def nvrtc_said(source: Source, arch: str) -> tuple[Cubin, str]:
+    """Compile, and return what the compiler had to say as well."""
     binding = _binding()
-    folders = includes(source.library)
+    folders = includes()
+    if source.library is not None:
+        found = library.headers()
+        if found is None:
+            raise CompileError(f"{source.name} for {arch} includes CUTLASS: {library.remedy()}")
+        folders = (str(library.FOLDER), str(found), *folders)
     options = (
-        f"--gpu-architecture={arch}", *OPTIONS, *LIBRARY_OPTIONS[source.library],
+        f"--gpu-architecture={arch}",
+        *options_of(source),
         *(f"-I{each}" for each in folders),
-    )  # fmt: skip
+    )
     program = binding.createProgram(source.text, "kernel.cu", (), ())
     try:
         binding.addNameExpression(program, source.name)
@@ -135,7 +155,8 @@ def nvrtc(source: Source, arch: str) -> Cubin:
             raise CompileError(f"{source.name} for {arch}: {error}\n{log}") from None
         # CuPy cuts the last byte off, the zero of a text: an ELF file wants its own back.
         code = elf.shortened(binding.getCUBIN(program) + b"\0")
-        return Cubin(code, str(binding.getLoweredName(program, source.name)))
+        made = Cubin(code, str(binding.getLoweredName(program, source.name)))
+        return made, str(binding.getProgramLog(program))
     finally:
         binding.destroyProgram(program)
 
@@ -151,35 +172,15 @@ def supported() -> tuple[int, ...]:
     return tuple(map(int, _binding().getSupportedArchs()))
 
 
-def includes(library: str | None = None) -> tuple[str, ...]:
-    """Return the folders of headers: lowbit's, the library's, then CUDA's."""
-    own = (*map(str, FOLDERS), *(() if library is None else (str(cutlass()),)))
+def includes() -> tuple[str, ...]:
+    """Return the folders of headers: lowbit's, then CUDA's."""
     for folders in _places(version()[0]):
         if any((folder / "cuda_fp16.h").exists() for folder in folders):
-            return *own, *(str(folder) for folder in folders if folder.exists())
+            return str(FOLDER), *(str(folder) for folder in folders if folder.exists())
     raise CompileError(
         f"CUDA's headers (cuda_fp16.h) are not found. {remedy()} brings them, or set CUDA_PATH to "
         "the folder of a CUDA toolkit."
     )
-
-
-def cutlass() -> Path:
-    """Return the folder of CUTLASS's headers: those of the package nvidia-cutlass."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        found = installed("nvidia-cutlass")
-    except PackageNotFoundError:
-        found = "none"
-    if not found.startswith(f"{CUTLASS}."):
-        raise CompileError(
-            f"CUTLASS {CUTLASS} is not installed (found: {found}): "
-            'pip install "lowbit[cutlass]" brings its headers'
-        )
-    spec = importlib.util.find_spec("cutlass_library")
-    assert spec is not None and spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / "source" / "include"
 
 
 def missing() -> str | None:
@@ -246,15 +247,16 @@ def packaged(capability: int, driver: int | None = None) -> int:
     return sum(len(made.cubins) for made in found if made is not None)
 
 
-def _usable(arch: str, driver: int | None) -> archive.Archive | None:
-    made = archive.load(arch)
+def _usable(arch: str, driver: int | None, alone: str | None = None) -> archive.Archive | None:
+    made = archive.load(arch, alone)
     old = made is not None and driver is not None and driver // 1000 < made.nvrtc[0]
     return None if old else made
 
 
 def _shipped(source: Source, arch: str, driver: int | None) -> Cubin | None:
-    made = _usable(arch, driver)
-    found = None if made is None else made.cubins.get(key(source, arch))
+    name = key(source, arch)
+    made = _usable(arch, driver, None if source.library is None else name)
+    found = None if made is None else made.cubins.get(name)
     return None if found is None else Cubin(*found)
 
 

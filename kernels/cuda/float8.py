@@ -16,17 +16,22 @@ from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Kernel, Problem, Roun
 from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common, segment_of
 
 _BLOCK = 32  # columns of one instruction
-_LONGEST = 128  # columns that are added up by the tensor core alone
+LONGEST = 128  # columns that are added up by the tensor core alone
 _CUT = 2**11  # units of float32 that a term loses: 2**-13
 _ELEMENTS = ("float8_e4m3fn", "float8_e5m2")
 _CAPABILITIES = (89, 120)
 
 
+def cut(columns: int) -> int:
+    """Units of float32 that a term loses while the tensor core alone adds up so many columns."""
+    return (_BLOCK + 2) * _CUT * (-(-columns // _BLOCK) + 1)
+
+
 def _segment(p: Problem) -> int:
     segment = segment_of(p)
-    if segment <= _LONGEST:
+    if segment <= LONGEST:
         return segment
-    return _LONGEST if segment >= p.k or segment % _LONGEST == 0 else _BLOCK
+    return LONGEST if segment >= p.k or segment % LONGEST == 0 else _BLOCK
 
 
 def _spec(p: Problem) -> Spec:
@@ -74,10 +79,9 @@ def _build(p: Problem) -> Bind:
 def _roundings(p: Problem) -> Roundings:
     spec, segment = _spec(p), min(_segment(p), p.k)
     segments, shares = -(-p.k // segment), product.shares_of(p, spec)
-    cut = (_BLOCK + 2) * _CUT * (-(-segment // _BLOCK) + 1)
     return Roundings(
         "float32",
-        cut + 2 * segments + shares + FINAL_ROUNDINGS,
+        cut(segment) + 2 * segments + shares + FINAL_ROUNDINGS,
         f"float8 tensor cores over {segment} columns, those ascending by fma",
         ACTIVATION_ERROR[p.activation],
     )

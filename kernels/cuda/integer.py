@@ -18,18 +18,18 @@ _BLOCK = 32  # columns that lanes take together
 
 def _segment(p: Problem) -> int | None:
     """Columns whose sum stays in int32 and meets one pair of scales; None where none do."""
-    segment, longest = segment_of(p), _longest(p)
-    if segment <= longest:
+    segment, most = segment_of(p), longest(p)
+    if segment <= most:
         return segment if segment == p.k or segment % _BLOCK == 0 else None
     if segment == p.k:
-        return longest // (2 * _BLOCK) * (2 * _BLOCK)
+        return most // (2 * _BLOCK) * (2 * _BLOCK)
     fitting = (
         segment // parts for parts in range(2, segment // _BLOCK + 1) if segment % parts == 0
     )
-    return next((s for s in fitting if s <= longest and s % _BLOCK == 0), None)
+    return next((s for s in fitting if s <= most and s % _BLOCK == 0), None)
 
 
-def _longest(p: Problem) -> int:
+def longest(p: Problem) -> int:
     """Columns whose sums of x * w, of zero * x and of their difference surely fit in int32."""
     assert isinstance(p.x, Format)
     largest = max(abs(p.w.element.min), abs(p.w.element.max))
@@ -80,7 +80,8 @@ def _cost(p: Problem) -> float:
     return costs.seconds(p, spec, product.shares_of(p, spec))
 
 
-def _build(p: Problem) -> Bind:
+def build(p: Problem) -> Bind:
+    """Bind a product to weights."""
     segment = _segment(p)
     assert segment is not None
     return product.bind(p, _spec(p), segment)
@@ -98,7 +99,7 @@ KERNELS = (
         "cuda",
         accepts=_accepts,
         cost=_cost,
-        build=_build,
+        build=build,
         roundings=_roundings,
     ),
 )

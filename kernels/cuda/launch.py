@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lowbit.kernels.cuda.tensor_maps import TensorMap
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -56,19 +58,21 @@ class Device:
     """Compute capability times ten: 80, 89, 90, 100, 120."""
     processors: int
     """Streaming multiprocessors."""
+    plain: bool = False
+    """It runs lowbit's own kernels only, as the emulator of the tests does: none on a library."""
 
     @property
     def name(self) -> str:
         """As `Problem.device` spells it: ``cuda:90:132``."""
-        return f"cuda:{self.capability}:{self.processors}"
+        return f"cuda:{self.capability}:{self.processors}{':plain' if self.plain else ''}"
 
 
 def parse(name: str) -> Device:
     """Read `Device.name` back."""
-    backend, capability, processors = name.split(":")
+    backend, capability, processors, *plain = name.split(":")
     if backend != "cuda":
         raise ValueError(f"device: want cuda:capability:processors, got {name!r}")
-    return Device(int(capability), int(processors))
+    return Device(int(capability), int(processors), bool(plain))
 
 
 class Machine(Protocol):
@@ -98,7 +102,7 @@ class Machine(Protocol):
     def scratch(self, count: int) -> Any:
         """Return 32-bit words, `count` or more of any contents, that the stream's kernels share."""
 
-    def number(self, kind: type[np.generic], value: float) -> Any:
+    def number(self, kind: type[np.generic], value: float, /) -> Any:
         """Return an argument for launches: a number of this type, made once for equal values."""
 
     def matmul(self, x: Any, w: Any) -> Any:
@@ -113,6 +117,13 @@ class Machine(Protocol):
 
         Rows of the array begin at multiples of 16 bytes; `swizzle` is 0 or 128.
         """
+
+    def encode(self, wanted: TensorMap) -> bytes:
+        """Return the descriptor that the driver makes, 128 bytes."""
+        ...
+
+    def by_value(self, data: bytes) -> Any:
+        """Return an argument for a parameter that is a struct of these bytes."""
 
     def address(self, array: Any) -> int:
         """Return where an array begins, for choosing the width of loads."""

@@ -7,7 +7,18 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-KINDS = ("uint8", "uint16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64", "bfloat16")
+KINDS = (
+    "uint8",
+    "uint16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+)
 """In the order of CUtensorMapDataType."""
 SWIZZLES = (0, 32, 64, 128)
 """Bytes, in the order of CUtensorMapSwizzle."""
@@ -53,10 +64,14 @@ def encode(wanted: TensorMap) -> bytes:
 
 
 @cache
-def _encode_tiled() -> ctypes._NamedFuncPointer:  # type: ignore[name-defined]
+def _encode_tiled() -> ctypes._NamedFuncPointer:
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     function = library.cuTensorMapEncodeTiled
-    number, longs, words = ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
+    number, longs, words = (
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_uint32),
+    )
     function.argtypes = [
         ctypes.c_void_p, number, ctypes.c_uint32, ctypes.c_void_p, longs, longs, words, words,
         number, number, number, number,

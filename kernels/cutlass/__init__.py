@@ -1,1 +1,1 @@
-"""Products on CUTLASS's collectives: C++ written from lowbit's declarations, launched through CuPy."""
+"""Products on CUTLASS: C++ written from lowbit's declarations, launched through CuPy."""

@@ -63,7 +63,9 @@ def finish(spec: Spec) -> Node:
         steps.append(("cutlass::plus", [None, epilogue.source(spec.residual)]))
     for i, (function, children) in enumerate(steps):
         given = elements.DTYPES[spec.out] if i == len(steps) - 1 else "float"
-        scaled = epilogue.compute(function, *(scaled if c is None else c for c in children), out=given)
+        scaled = epilogue.compute(
+            function, *(scaled if c is None else c for c in children), out=given
+        )
     return scaled
 
 
@@ -88,12 +90,14 @@ using Finish = {finish(spec).text};
 using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
     cutlass::epilogue::collective::EpilogueTileAuto, {sum_}, float,
-    {added}, cutlass::layout::{layout}, {added_at_once}, {out}, cutlass::layout::{layout}, {at_once},
+    {added}, cutlass::layout::{layout}, {added_at_once},
+    {out}, cutlass::layout::{layout}, {at_once},
     cutlass::epilogue::TmaWarpSpecialized{after}, Finish>::CollectiveOp;
 using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,
     {first}, cutlass::layout::RowMajor, 16, {second}, cutlass::layout::ColumnMajor, 16, {sum_},
-    Tile, Cluster, cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
+    Tile, Cluster,
+    cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
     cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{fast}>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<
     cute::Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>;
@@ -111,7 +115,8 @@ def layout(spec: Spec) -> Layout:
     shape = record(*((axis, "i") for axis in "mnkl"))
     cluster = record(*((axis, "I") for axis in "xyz"))
     hardware = record(
-        ("device", "i"), ("processors", "i"), ("clusters", "i"), ("shape", cluster), ("fallback", cluster)
+        ("device", "i"), ("processors", "i"), ("clusters", "i"), ("shape", cluster),
+        ("fallback", cluster),
     )  # fmt: skip
     return record(
         ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", after),
@@ -146,6 +151,21 @@ class Call:
     residual: Matrices | None = None
     batches: int = 1
     swizzle: int = 1
+
+
+def operands(
+    x_scale: tuple[int, int], w_scale: tuple[int, int], alpha: float, bias: int
+) -> tuple[tuple[str, Value], ...]:
+    """Operands of `finish`: address of the scales and their step, 0 where one is for all rows."""
+    return (
+        ("x_scale", x_scale[0]), ("x_scale.step", x_scale[1]), ("x_scale.default", 0.0),
+        ("x_scale.batch", 0),
+        ("w_scale", w_scale[0]), ("w_scale.step", w_scale[1]), ("w_scale.default", 0.0),
+        ("w_scale.batch", 0),
+        # Adding -0 changes nothing, not even the sign of a zero.
+        ("bias", bias), ("bias.step", 1), ("bias.default", -0.0), ("bias.batch", 0),
+        ("alpha", alpha), ("zero", 0.0),
+    )  # fmt: skip
 
 
 def tiling(spec: Spec, call: Call) -> Tiling:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowbit.kernels.cutlass import elements
-from lowbit.kernels.cutlass.records import EMPTY, Layout, Value, record
+from lowbit.kernels.cutlass.records import EMPTY, Layout, record
 
 _FUSION = "cutlass::epilogue::fusion"
 _ROUND = "cutlass::FloatRoundStyle::round_to_nearest"

@@ -1,4 +1,4 @@
-"""How tiles are handed to blocks that stay: arguments and grid of CUTLASS's persistent scheduler."""
+"""How tiles are handed to blocks that stay: CUTLASS's persistent scheduler, and its grid."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from lowbit.kernels.cutlass.records import DIVISOR, POWER, Value, divisor, power, record
 
 _PER_CLUSTER_OF_SM = 18  # multiprocessors of a graphics processing cluster of GH100
+
+_ROOM = ((3, 6), (2, 3), (1, 2))  # for a swizzle of 2^s tiles: how many there must be
 
 PERSISTENT = record(
     ("cluster_major", POWER),
@@ -40,7 +42,14 @@ class Tiling:
     def log_swizzle(self) -> int:
         """Of the swizzle that there is room for."""
         small = min(self._clustered)
-        return next((s for s, least in ((3, 6), (2, 3), (1, 2)) if self.swizzle >= 1 << s and small >= least), 0)
+        return next(
+            (
+                s
+                for s, least in ((3, 6), (2, 3), (1, 2))
+                if self.swizzle >= 1 << s and small >= least
+            ),
+            0,
+        )
 
     @property
     def _clustered(self) -> tuple[int, int]:

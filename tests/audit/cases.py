@@ -47,7 +47,7 @@ class Case:
 
     def sources(self, arch: str) -> list[Source]:
         """The kernels, in the order of their launches."""
-        recorder = Recorder(DEVICES.get(arch) or Device(int(arch.strip("sm_a")), 128))
+        recorder = Recorder(DEVICES.get(arch) or Device(int(arch.strip("sm_a")), 128, plain=True))
         left, out = self.work.split(" -> ")
         if "@" in left:
             x, w = left.split(" @ ")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lowbit.kernels.cuda import launch
 from lowbit.kernels.cuda.launch import Device, Source
+from lowbit.kernels.cuda.tensor_maps import TensorMap
 
 
 class Recorder:
@@ -59,6 +60,10 @@ class Recorder:
         """Memory."""
         return np.zeros(1, np.int32)
 
+    def number(self, kind: type[np.generic], value: float) -> Any:
+        """A number as launches here take it."""
+        return kind(value)
+
     def matmul(self, x: Any, w: Any) -> Any:
         """Nothing of the right shape."""
         return np.empty((x.shape[0], w.shape[0]), np.float32)
@@ -66,6 +71,14 @@ class Recorder:
     def tensor_map(self, array: Any, box: tuple[int, int], *, swizzle: int) -> Any:
         """Nothing of the right size."""
         return np.zeros((), "V128")
+
+    def encode(self, wanted: TensorMap) -> bytes:
+        """Nothing of the right size."""
+        return bytes(128)
+
+    def by_value(self, data: bytes) -> Any:
+        """Nothing."""
+        return None
 
     def address(self, array: Any) -> int:
         """As CuPy's memory: 512-byte aligned, and views of it where they are."""

@@ -22,8 +22,12 @@ from lowbit.kernels.cuda.launch import Device, Source
 from lowbit.kernels.declare import Epilogue, Problem
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-DEVICES = {"sm_80": Device(80, 108), "sm_89": Device(89, 128), "sm_90a": Device(90, 132)}
-"""A100, L40 and RTX 4090, H100 and H200: by architecture."""
+DEVICES = {
+    "sm_80": Device(80, 108, plain=True),
+    "sm_89": Device(89, 128, plain=True),
+    "sm_90a": Device(90, 132, plain=True),
+}
+"""A100, L40 and RTX 4090, H100 and H200, by architecture, without kernels on CUTLASS."""
 ROWS = (1, 8, 16, 32, 64, 128, 512, 4096)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """N and K: one of few tiles, one of many, one of long rows."""

@@ -1,4 +1,4 @@
-"""CUTLASS's own arguments of a kernel: its C++ compiled for the host, with a driver that records."""
+"""CUTLASS's own arguments of a kernel: its C++ for the host, with a driver that records."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import hashlib
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from recorder import Recorder
+
 from lowbit.kernels.cuda import compile
+from lowbit.kernels.cuda.launch import Device, Source
 from lowbit.kernels.cuda.tensor_maps import KINDS, SWIZZLES, TensorMap
+from lowbit.kernels.cutlass import library
 from lowbit.kernels.cutlass.epilogue import Node
 from lowbit.kernels.cutlass.records import Value
 
@@ -46,12 +52,56 @@ def fields(descriptor: bytes) -> tuple[int, ...]:
     return struct.unpack_from(_RECORDED, descriptor)
 
 
+def memory(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any
+) -> np.ndarray[Any, Any]:
+    """The host's memory at an address, as an array."""
+    size = np.dtype(dtype).itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    held = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+    return np.ndarray(shape, dtype, held.data, 0, strides)
+
+
+def read(descriptor: bytes, dtype: Any) -> np.ndarray[Any, Any]:
+    """The matrix that a recorded descriptor is of."""
+    address, columns, rows, *_ = fields(descriptor)
+    return memory(
+        address, (rows, columns), (fields(descriptor)[6], np.dtype(dtype).itemsize), dtype
+    )
+
+
+class Watching(Recorder):
+    """A machine that keeps what it was asked to launch: source, grid, the argument's bytes."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
+        self.launched: list[tuple[Source, tuple[int, ...], Any]] = []
+
+    def function(self, source: Source) -> Callable[..., None]:
+        """Keep the arguments of launches."""
+
+        def run(grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
+            assert (*block, shared_mem) == (source.threads, source.shared)
+            self.launched.append((source, grid, args[0]))
+
+        return run
+
+    encode = staticmethod(recorded)
+
+    def by_value(self, data: bytes) -> Any:
+        """The bytes."""
+        return data
+
+    def address(self, array: Any) -> int:
+        """Where an array is."""
+        return int(array.ctypes.data)
+
+
 @cache
-def library(text: str) -> Any:
+def compiled(text: str) -> Any:
     """Compile C++ and load it."""
     compiler = shutil.which("g++")
     assert compiler is not None
-    folders = [HERE, *compile.includes("cutlass")]
+    folders = [HERE, library.FOLDER, library.headers(), *compile.includes()]
     headers = [p.read_text() for p in sorted([*HERE.glob("*.hpp")])]
     key = hashlib.sha256(repr((text, headers, OPTIONS)).encode()).hexdigest()[:24]
     made = BUILD / f"{key}.so"

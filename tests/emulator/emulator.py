@@ -46,11 +46,12 @@ from emulator_build import CompileError, EmulatorError, RaceError, build, missin
 from emulator_memory import Argument, Array, Copy, groups, is_sparse, poisoned, sparse
 from races import Log
 
+from lowbit.kernels.cuda import tensor_maps
 from lowbit.kernels.cuda.launch import Device, Source
 
 __all__ = ["CompileError", "Emulator", "EmulatorError", "RaceError", "TensorMap", "missing"]
 
-HOPPER = Device(90, 4)
+HOPPER = Device(90, 4, plain=True)
 KIB = 1024
 # Most dynamic shared memory of a block, in KiB (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99}
@@ -143,6 +144,10 @@ class Emulator:
         """New memory each time, so that nobody relies on what another left there."""
         return self.empty((count,), np.int32)
 
+    def number(self, kind: type[np.generic], value: float) -> Any:
+        """A number as launches here take it."""
+        return kind(value)
+
     def matmul(self, x: Array, w: Array) -> Array:
         """x @ w.T, summed in float64 and rounded to float32."""
         return (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float32)
@@ -154,6 +159,14 @@ class Emulator:
     def address(self, array: Array) -> int:
         """Where an array begins; its copy begins at the same address modulo 16."""
         return array.ctypes.data
+
+    def encode(self, wanted: tensor_maps.TensorMap) -> bytes:
+        """A plain device has no kernel that wants one."""
+        raise NotImplementedError
+
+    def by_value(self, data: bytes) -> Any:
+        """A plain device has no kernel that wants one."""
+        raise NotImplementedError
 
     def tensor_map(self, array: Array, box: tuple[int, int], *, swizzle: int = 128) -> TensorMap:
         """An argument for a parameter of type `lb::TensorMap`."""

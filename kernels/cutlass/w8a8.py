@@ -1,0 +1,212 @@
+"""8-bit codes of both operands on Hopper's tensor cores: int8 exactly, float8 in two precisions.
+
+Of float8 the tensor cores keep about 14 bits of a sum (kernels/cuda/float8.py).
+matmul.cutlass.float8 takes their sums of 128 columns over into float32; matmul.cutlass.float8_fast
+lets them add up all columns, as cuBLAS does by default, and is chosen by name only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from lowbit.formats import Format, get
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda import compile, emit, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cutlass import dense, elements, tiles
+from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
+from lowbit.kernels.cutlass.schedulers import grid
+from lowbit.kernels.cutlass.tiles import Tile
+from lowbit.kernels.declare import (
+    ACTIVATION_ERROR,
+    Array,
+    Bind,
+    Epilogue,
+    Kernel,
+    Problem,
+    Roundings,
+    Run,
+    itemsize,
+)
+from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
+
+_FASTER = 2.0  # than tensor cores on 16-bit numbers
+_PIECE = 16  # bytes that TMA's rows begin at multiples of
+
+
+@lru_cache(maxsize=512)
+def source(spec: Spec) -> Source:
+    """The kernel of a class of products."""
+    return Source(dense.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
+
+
+def shipped(arch: str) -> dict[Source, str]:
+    """Kernels whose machine code comes with the package, and what each is for."""
+    if arch != "sm_90a":
+        return {}
+    found = {}
+    for family, fmt in (("int8", "int8_row"), ("float8", "fp8_row"), ("float8_fast", "fp8_row")):
+        p = Problem(1, 8, 16, get(fmt), get(fmt), "bfloat16")
+        for tile in tiles.listed(family):
+            spec = _spec(p, tile, fast=family == "float8_fast")
+            found[source(spec)] = f"{family} rows -> bfloat16, {tile}"
+    return found
+
+
+def _spec(p: Problem, tile: Tile, *, fast: bool) -> Spec:
+    assert isinstance(p.x, Format)
+    x, w = (elements.name(fmt.element) for fmt in (p.x, p.w))
+    assert x is not None
+    assert w is not None
+    return Spec(
+        x, w, p.out, tile.shape, tile.cluster, tile.schedule, tile.turned, fast, p.activation,
+        p.residual,
+    )  # fmt: skip
+
+
+def spec_of(p: Problem, *, fast: bool = False) -> Spec:
+    """The kernel that an accepted product runs."""
+    family = "int8" if emit.whole(p.w.element) else "float8_fast" if fast else "float8"
+    return _spec(p, _tile(family, p), fast=fast)
+
+
+def _best(family: str, p: Problem) -> Tile | None:
+    capability, fast = launch.parse(p.device).capability, family == "float8_fast"
+
+    def usable(tile: Tile) -> bool:
+        return compile.lacking(source(_spec(p, tile, fast=fast)), capability) is None
+
+    # Where bits must not depend on the number of rows, neither may the tile.
+    return tiles.best(replace(p, m=product.rows_of(p)), family, _FASTER, usable)
+
+
+def _tile(family: str, p: Problem) -> Tile:
+    found = _best(family, p)
+    assert found is not None
+    return found
+
+
+def _accepts(family: str, p: Problem) -> str | None:
+    device = launch.parse(p.device)
+    if device.plain:
+        return "runs on CUTLASS, this device on lowbit's own kernels alone"
+    if device.capability != 90:
+        return f"runs on compute capability 9.0, this is {device.capability / 10}"
+    refusal = refuse_common(p) or product.refuse_sizes(p)
+    if refusal is not None:
+        return refusal
+    if isinstance(p.x, str):
+        return f"wants 8-bit codes on both sides, x is {p.x}"
+    wanted = ("int8_t",) if family == "int8" else ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
+    for side in (p.x, p.w):
+        if elements.name(side.element) not in wanted or side.zero is not None or side.bias:
+            kind = "int8" if family == "int8" else "float8_e4m3fn or float8_e5m2"
+            return f"wants {kind} without zero points on both sides, got {side.name}"
+        rows, _ = side.scale.block
+        if rows not in (1, None) or side.tensor_scale or side.scale.element != "float32":
+            return f"reads one float32 scale for a row or for all rows, {side.name} has others"
+    if segment_of(p) < p.k:
+        return f"scales must not change along the columns, they change every {segment_of(p)}"
+    if family == "int8" and integer.longest(p) < p.k:
+        return f"sums of {p.k} columns do not surely fit in int32"
+    if p.k % _PIECE:
+        return f"rows of {p.k} bytes do not begin at multiples of {_PIECE}"
+    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
+        if dtype is not None and p.n * itemsize(dtype) % _PIECE:
+            return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
+    if _best(family, p) is None:
+        tile = tiles.listed(family)[0]
+        spec = _spec(p, tile, fast=family == "float8_fast")
+        return compile.lacking(source(spec), device.capability)
+    return None
+
+
+def _cost(family: str, p: Problem) -> float:
+    return tiles.seconds(p, _tile(family, p), _FASTER)
+
+
+def _describe(family: str, p: Problem) -> str:
+    tile = _tile(family, p)
+    return f"{tile}, {tile.waves(p):g} waves"
+
+
+def _build(family: str, p: Problem) -> Bind:
+    spec = spec_of(p, fast=family == "float8_fast")
+    otherwise = (integer if family == "int8" else gemm).build(p)
+    named = source(spec)
+    processors = launch.parse(p.device).processors
+
+    def to(w: Packed) -> Run:
+        machine = launch.machine_of(w.codes)
+        codes = w.codes.view(np.uint8)
+        weight = _matrices(machine, codes)
+        raw: Run = otherwise(w)
+        if not _aligned(weight):
+            return raw
+        function = machine.function(named)
+        w_scale = machine.address(w.scales), int(w.scales.size > 1)
+
+        @lru_cache(maxsize=1024)
+        def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
+            made = dense.arguments(spec, call, processors, machine.encode)
+            return grid(dense.tiling(spec, call), processors), machine.by_value(bytes(made))
+
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            left = _matrices(machine, product.steady(x.codes.view(np.uint8)))
+            result = _matrices(machine, out)
+            added = None if epilogue.residual is None else _matrices(machine, epilogue.residual)
+            if not all(_aligned(each) for each in (left, result, added) if each is not None):
+                raw(x, epilogue, out)
+                return
+            bias = 0 if epilogue.bias is None else machine.address(epilogue.bias)
+            finish = dense.operands(
+                (machine.address(x.scales), int(x.scales.size > 1)), w_scale, epilogue.alpha, bias
+            )
+            call = Call(p.m, p.n, p.k, left, weight, result, finish, added)
+            blocks, handed = arguments(call)
+            function(blocks, (dense.THREADS,), (handed,), shared_mem=dense.SHARED)
+
+        return run
+
+    return to
+
+
+def _matrices(machine: launch.Machine, rows: Array) -> Matrices:
+    return Matrices(machine.address(rows), rows.strides[0])
+
+
+def _aligned(rows: Matrices) -> bool:
+    return rows.address % _PIECE == 0 and rows.pitch % _PIECE == 0
+
+
+def _roundings(family: str, p: Problem) -> Roundings:
+    if family == "int8":
+        return integer_roundings(p, p.k)
+    longest = p.k if family == "float8_fast" else float8.LONGEST
+    segments = -(-p.k // longest)
+    return Roundings(
+        "float32",
+        float8.cut(min(longest, p.k)) + segments + 2 + FINAL_ROUNDINGS,
+        f"float8 tensor cores over {min(longest, p.k)} columns"
+        + (", those ascending in float32" if segments > 1 else ""),
+        ACTIVATION_ERROR[p.activation],
+    )
+
+
+KERNELS = tuple(
+    Kernel(
+        f"matmul.cutlass.{family}",
+        "cuda",
+        accepts=partial(_accepts, family),
+        cost=partial(_cost, family),
+        build=partial(_build, family),
+        roundings=partial(_roundings, family),
+        describe=partial(_describe, family),
+        by_name=family == "float8_fast",
+    )
+    for family in ("int8", "float8", "float8_fast")
+)

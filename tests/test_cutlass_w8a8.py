@@ -1,0 +1,254 @@
+"""W8A8 on CUTLASS: what is launched, read back from the arguments and computed in NumPy."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from typing import Any
+
+import host
+import ml_dtypes
+import numpy as np
+import pytest
+from host import Watching
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowbit as lb
+from lowbit import kernels
+from lowbit.formats import reference
+from lowbit.kernels import Epilogue, Problem
+from lowbit.kernels.cuda import launch
+from lowbit.kernels.cutlass import dense, library, tiles, w8a8
+
+Array = Any
+DTYPES: dict[str, Any] = {
+    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
+}  # fmt: skip
+HOPPER = "cuda:90:132"
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros at a multiple of 16 bytes, as a GPU's memory is."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 16, np.uint8)
+    at = -raw.ctypes.data % 16
+    return raw[at : at + size].view(dtype).reshape(shape)
+
+
+def placed(array: Array) -> Array:
+    found = aligned(array.shape, array.dtype)
+    found[...] = array
+    return found
+
+
+def quantized(fmt: str, shape: tuple[int, int], seed: int) -> reference.Packed:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    parts = reference.quantize(lb.format(fmt), values)
+    return replace(parts, codes=placed(parts.codes), scales=placed(parts.scales))
+
+
+@dataclass
+class Launched:
+    """One launch, computed from nothing but the argument's bytes."""
+
+    spec: dense.Spec
+    argument: bytes
+
+    def member(self, path: str) -> Any:
+        at, code = dense.layout(self.spec).members[path]
+        return struct.unpack_from("<" + code, self.argument, at)[0]
+
+    def matrix(self, name: str, dtype: Any) -> Array:
+        return host.read(self.member(f"{name}.descriptor"), dtype)
+
+    def vector(self, name: str, count: int) -> Array:
+        paths = dense.finish(self.spec).operands
+        thread = "epilogue.thread."
+        address = self.member(thread + paths[name])
+        if not address:
+            return np.full(count, self.member(thread + paths[f"{name}.default"]), np.float32)
+        step = self.member(thread + paths[f"{name}.step"])
+        return host.memory(address, (count,), (4 * step,), np.float32)
+
+    def number(self, name: str) -> np.float32:
+        return np.float32(self.member("epilogue.thread." + dense.finish(self.spec).operands[name]))
+
+    def compute(self, fmt: str) -> None:
+        """Write the result where the kernel would."""
+        first, second = (self.matrix(f"mainloop.{n}", np.uint8) for n in ("first", "second"))
+        x, w = (second, first) if self.spec.turned else (first, second)
+        added = self.spec.residual
+        result = finished(
+            sums(fmt, x, w),
+            self.vector("x_scale", len(x)),
+            self.vector("w_scale", len(w)),
+            self.number("alpha"),
+            self.vector("bias", len(w)),
+            self.spec.activation,
+            None if added is None else self.matrix("epilogue.c", DTYPES[added]),
+        )
+        out = self.matrix("epilogue.d", DTYPES[self.spec.out])
+        out[...] = result.astype(out.dtype)
+
+
+def sums(fmt: str, x: Array, w: Array) -> Array:
+    """Products of codes: exact in float64, for as many columns as are drawn here."""
+    values = np.array(lb.format(fmt).element.values)
+    return values[x] @ values[w].T
+
+
+def finished(
+    total: Array,
+    x_scale: Any,
+    w_scale: Any,
+    alpha: Any,
+    bias: Any,
+    activation: str | None,
+    residual: Any,
+) -> Array:
+    """What dense.finish computes, fma in float64, where that rounds no otherwise."""
+    scaled = x_scale[:, None].astype(np.float64) * (w_scale * total.astype(np.float32))
+    result = np.float64(alpha) * scaled.astype(np.float32) + bias
+    result = result.astype(np.float32)
+    result = np.maximum(result, 0) if activation else result
+    return result if residual is None else result + residual.astype(np.float32)
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
+    fmt = data.draw(st.sampled_from(["int8_row", "int8_tensor", "fp8_row", "fp8_tensor"]))
+    w_fmt = data.draw(st.sampled_from([fmt.replace("tensor", "row"), fmt.replace("row", "tensor")]))
+    m, n = data.draw(st.integers(1, 300)), 8 * data.draw(st.integers(1, 40))
+    k = 16 * data.draw(st.integers(1, 40))
+    out_dtype = data.draw(st.sampled_from(sorted(DTYPES)))
+    biased, added = data.draw(st.booleans()), data.draw(st.booleans())
+    activation = data.draw(st.sampled_from([None, "relu"]))
+    alpha = data.draw(st.sampled_from([1.0, -0.75]))
+    x, w = quantized(fmt, (m, k), 1), quantized(w_fmt, (n, k), 2)
+    rng = np.random.default_rng(3)
+    bias = placed(rng.standard_normal(n, np.float32)) if biased else None
+    residual = placed(rng.standard_normal((m, n)).astype(DTYPES[out_dtype])) if added else None
+    p = Problem(
+        m, n, k, x.format, w.format, out_dtype, biased, activation, out_dtype if added else None,
+        device=HOPPER,
+    )  # fmt: skip
+    name = f"matmul.cutlass.{'int8' if 'int8' in fmt else 'float8'}"
+    run, out = kernels.choose(p, name).kernel.build(p), aligned((m, n), DTYPES[out_dtype])
+    machine = Watching(launch.parse(HOPPER))
+    epilogue = Epilogue(alpha, bias, activation, residual)
+    with launch.pretending(machine):
+        run(w)(x, epilogue, out)
+    ((source, grid, argument),) = machine.launched
+    spec = w8a8.spec_of(p)
+    assert source == w8a8.source(spec)
+    assert np.prod(grid) <= 132
+    assert grid[0] % spec.cluster[0] == grid[1] % spec.cluster[1] == 0
+    Launched(spec, argument).compute(fmt)
+    scales = [np.broadcast_to(parts.scales[:, 0], len(parts.codes)) for parts in (x, w)]
+    codes = (parts.codes.view(np.uint8) for parts in (x, w))
+    wanted = finished(
+        sums(fmt, *codes),
+        scales[0],
+        scales[1],
+        alpha,
+        0 if bias is None else bias,
+        activation,
+        residual,
+    )
+    np.testing.assert_array_equal(out, wanted.astype(out.dtype))
+
+
+def problem(**changed: Any) -> Problem:
+    fmt = lb.format("int8_row")
+    given: dict[str, Any] = {
+        "m": 512,
+        "n": 512,
+        "k": 512,
+        "x": fmt,
+        "w": fmt,
+        "out": "bfloat16",
+        "device": HOPPER,
+    }
+    return Problem(**{**given, **changed})
+
+
+REFUSALS: dict[str, dict[str, Any]] = {
+    "capability 9.0": {"device": "cuda:89:128"},
+    "lowbit's own kernels": {"device": "cuda:90:4:plain"},
+    "wants 8-bit codes": {"x": "bfloat16"},
+    "without zero points": {"w": lb.format("int8_row_asym")},
+    "wants int8": {"w": lb.format("fp8_row")},
+    "one float32 scale": {"w": lb.format("int8_row_bf16")},
+    "scales must not change": {"w": lb.format("int8_g128")},
+    "do not surely fit": {"k": 1 << 18},
+    "rows of 520 bytes": {"k": 520},
+    "numbers of the result": {"n": 516},
+    "numbers of the residual": {"n": 516, "out": "float32", "residual": "bfloat16"},
+    "across the contraction axis": {"w_along": False},
+}
+
+
+@pytest.mark.parametrize("words", REFUSALS)
+def test_what_is_refused_is_said_why(words: str) -> None:
+    kernel = {k.name: k for k in kernels.registered()}["matmul.cutlass.int8"]
+    assert kernel.accepts(problem()) is None
+    refusal = kernel.accepts(problem(**REFUSALS[words]))
+    assert refusal is not None
+    assert words in refusal
+
+
+def test_without_headers_only_what_the_package_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.kernels.cuda import archive, compile
+
+    monkeypatch.setattr(library, "headers", lambda: None)
+    monkeypatch.setattr(archive, "exists", lambda arch, key: False)
+    compile.lacking.cache_clear()
+    try:
+        refusal = w8a8.KERNELS[0].accepts(problem())
+        assert refusal is not None
+        assert 'pip install "lowbit[cutlass]"' in refusal
+    finally:
+        compile.lacking.cache_clear()
+
+
+def test_fast_sums_are_chosen_by_name_only() -> None:
+    fmt = lb.format("fp8_row")
+    p = problem(m=8192, n=8192, k=8192, x=fmt, w=fmt)
+    assert kernels.choose(p).kernel.name == "matmul.cutlass.float8"
+    fast = kernels.choose(p, "matmul.cutlass.float8_fast").kernel
+    exact = kernels.choose(p).kernel
+    assert fast.roundings(p).count > 30 * exact.roundings(p).count
+    assert fast.cost(p) < exact.cost(p)
+
+
+def test_memory_that_tma_does_not_read_goes_to_another_kernel() -> None:
+    p = problem()
+    x, w = quantized("int8_row", (512, 512), 1), quantized("int8_row", (512, 512), 2)
+    raw = np.zeros(512 * 512 + 17, np.uint8)
+    odd = raw[(-raw.ctypes.data % 16) + 1 :][: 512 * 512].reshape(512, 512)
+    machine = Watching(launch.parse(HOPPER))
+    out = aligned((512, 512), ml_dtypes.bfloat16)
+    build = kernels.choose(p, "matmul.cutlass.int8").kernel.build(p)
+    with launch.pretending(machine):
+        build(w)(replace(x, codes=odd), Epilogue(), out)
+        build(replace(w, codes=odd))(x, Epilogue(), out)
+    assert [source.library for source, *_ in machine.launched] == [None, None]
+
+
+def test_explain_shows_tile_and_waves() -> None:
+    found = {tile.waves(problem(m=4096, n=4096)) for tile in tiles.listed("int8")}
+    assert len(found) > 2
+    kernel = kernels.choose(problem(m=4096, n=4096)).kernel
+    assert kernel.describe is not None
+    words = kernel.describe(problem(m=4096, n=4096))
+    assert words.startswith("tile ")
+    assert words.endswith(" waves")
+
+
+def test_batch_invariance_keeps_the_tile() -> None:
+    fmt = lb.format("fp8_row")
+    found = {w8a8.spec_of(problem(m=m, x=fmt, w=fmt, batch_invariant=True)) for m in (1, 64, 8192)}
+    assert len(found) == 1
