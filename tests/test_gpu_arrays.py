@@ -126,3 +126,38 @@ def test_jax_arrays_stay_on_their_gpu(cupy):
     got = x @ w.T
     assert got.devices() == {gpu}
     close(np.asarray(got), X, w.to_device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["int8_row", "mxfp8", "nvfp4", "fp8_2x32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_layers_that_end_in_a_quantization(cupy, name, dtype):
+    x, other = (RNG.normal(size=(3, 5, 520)).astype(dtype) for _ in range(2))
+    gate = np.where(x < 0, 0, 200 + abs(x)).astype(dtype)  # whose silu is exact
+    for view in (np.s_[:], np.s_[0, 1], np.s_[:, ::2, ::-1], np.s_[..., 8:264]):
+        held = [cupy.asarray(each)[view] for each in (gate, x, other)]
+        same(lb.quantize_silu_mul(held[0], held[2], name),
+             lb.quantize_silu_mul(gate[view], other[view], name))  # fmt: skip
+        weight = x[view].reshape(-1, held[1].shape[-1])[0]
+        there, h = lb.quantize_rmsnorm(held[1], cupy.asarray(weight), name, residual=held[2])
+        here, expected = lb.quantize_rmsnorm(x[view], weight, name, residual=other[view])
+        same(there, here)
+        assert h.get().tobytes() == expected.tobytes()
+    x[2, 1, 7] = np.inf
+    with pytest.raises(ValueError, match=r"up: 1 entries .* first at \(2, 1, 7\)"):
+        lb.quantize_silu_mul(cupy.asarray(gate), cupy.asarray(x), name)
+
+
+def test_layers_of_torch_on_a_stream_of_its_own(cupy):
+    torch = pytest.importorskip("torch", reason="wants PyTorch")
+    if not torch.cuda.is_available():
+        pytest.skip("wants a PyTorch that is built for CUDA")
+    x = torch.from_numpy(X).cuda().to(torch.bfloat16)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        w, h = lb.quantize_rmsnorm(x * 2, x[0], "int8_row", residual=x)
+    stream.synchronize()
+    here, expected = lb.quantize_rmsnorm(x.cpu() * 2, x[0].cpu(), "int8_row", residual=x.cpu())
+    same(w, here)
+    assert h.device == x.device
+    assert torch.equal(h.cpu(), expected)
