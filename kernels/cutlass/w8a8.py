@@ -34,7 +34,7 @@ from lowbit.kernels.declare import (
 )
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
 
-_FASTER = 2.0  # than tensor cores on 16-bit numbers
+FASTER = 2.0  # than tensor cores on 16-bit numbers
 _PIECE = 16  # bytes that TMA's rows begin at multiples of
 
 
@@ -52,12 +52,13 @@ def shipped(arch: str) -> dict[Source, str]:
     for family, fmt in (("int8", "int8_row"), ("float8", "fp8_row"), ("float8_fast", "fp8_row")):
         p = Problem(1, 8, 16, get(fmt), get(fmt), "bfloat16")
         for tile in tiles.listed(family):
-            spec = _spec(p, tile, fast=family == "float8_fast")
+            spec = spec_with(p, tile, fast=family == "float8_fast")
             found[source(spec)] = f"{family} rows -> bfloat16, {tile}"
     return found
 
 
-def _spec(p: Problem, tile: Tile, *, fast: bool) -> Spec:
+def spec_with(p: Problem, tile: Tile, *, fast: bool = False) -> Spec:
+    """The kernel that computes a product by some tile."""
     assert isinstance(p.x, Format)
     x, w = (elements.name(fmt.element) for fmt in (p.x, p.w))
     assert x is not None
@@ -71,17 +72,17 @@ def _spec(p: Problem, tile: Tile, *, fast: bool) -> Spec:
 def spec_of(p: Problem, *, fast: bool = False) -> Spec:
     """The kernel that an accepted product runs."""
     family = "int8" if emit.whole(p.w.element) else "float8_fast" if fast else "float8"
-    return _spec(p, _tile(family, p), fast=fast)
+    return spec_with(p, _tile(family, p), fast=fast)
 
 
 def _best(family: str, p: Problem) -> Tile | None:
     capability, fast = launch.parse(p.device).capability, family == "float8_fast"
 
     def usable(tile: Tile) -> bool:
-        return compile.lacking(source(_spec(p, tile, fast=fast)), capability) is None
+        return compile.lacking(source(spec_with(p, tile, fast=fast)), capability) is None
 
     # Where bits must not depend on the number of rows, neither may the tile.
-    return tiles.best(replace(p, m=product.rows_of(p)), family, _FASTER, usable)
+    return tiles.best(replace(p, m=product.rows_of(p)), family, FASTER, usable)
 
 
 def _tile(family: str, p: Problem) -> Tile:
@@ -120,13 +121,13 @@ def _accepts(family: str, p: Problem) -> str | None:
             return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
     if _best(family, p) is None:
         tile = tiles.listed(family)[0]
-        spec = _spec(p, tile, fast=family == "float8_fast")
+        spec = spec_with(p, tile, fast=family == "float8_fast")
         return compile.lacking(source(spec), device.capability)
     return None
 
 
 def _cost(family: str, p: Problem) -> float:
-    return tiles.seconds(p, _tile(family, p), _FASTER)
+    return tiles.seconds(p, _tile(family, p), FASTER)
 
 
 def _describe(family: str, p: Problem) -> str:
@@ -135,8 +136,12 @@ def _describe(family: str, p: Problem) -> str:
 
 
 def _build(family: str, p: Problem) -> Bind:
-    spec = spec_of(p, fast=family == "float8_fast")
-    otherwise = (integer if family == "int8" else gemm).build(p)
+    return bind(p, spec_of(p, fast=family == "float8_fast"))
+
+
+def bind(p: Problem, spec: Spec) -> Bind:
+    """Bind an accepted product to weights, by any of its kernels."""
+    otherwise = (integer if spec.integral else gemm).build(p)
     named = source(spec)
     processors = launch.parse(p.device).processors
 

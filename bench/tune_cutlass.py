@@ -1,0 +1,92 @@
+"""What each tile of the kernels on CUTLASS reaches on this GPU, written into their table.
+
+    python -P bench/tune_cutlass.py [--family NAME] [--json FILE]
+
+Every tile computes a product that fills the GPU with whole waves of it. Its share of the tensor
+cores' peak goes into kernels/cutlass/tiles.json, which the choice of tiles is made from; commit
+the file, and run `make cubins` where the list of tiles itself has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
+
+from harness import gpu_device
+from harness.gpu_clock import Clock
+
+import lowbit as lb
+from lowbit.kernels import Epilogue, Problem
+from lowbit.kernels.cuda import costs, launch
+from lowbit.kernels.cutlass import tiles, w8a8
+from lowbit.kernels.cutlass.tiles import Tile
+
+FORMATS = {"int8": "int8_row", "float8": "fp8_row", "float8_fast": "fp8_row"}
+WAVES, COLUMNS, CALLS, ROUNDS = 4, 8192, 20, 5
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found.add_argument("--family", choices=FORMATS, action="append")
+    found.add_argument("--json", type=Path, default=tiles.PATH)
+    options = found.parse_args(arguments)
+    why = gpu_device.absence()
+    if why is not None:
+        raise SystemExit(f"bench/tune_cutlass.py measures a GPU, and there is none: {why}")
+    import cupy
+
+    tune(cupy, Clock(cupy), options.family or list(FORMATS), options.json)
+
+
+def tune(cupy: Any, clock: Any, families: list[str], path: Path) -> None:
+    """Measure the tiles of some families and write their shares."""
+    device = launch.machine_of(cupy.empty(1)).device
+    table = json.loads(tiles.PATH.read_text(encoding="utf-8"))
+    for family in families:
+        for tile, row in zip(tiles.listed(family), table[family], strict=True):
+            row["share"] = round(share(cupy, clock, family, tile, device), 3)
+            print(f"{family}: {tile}: {row['share']:.1%} of the peak")
+    path.write_text(written(table), encoding="utf-8")
+
+
+def share(cupy: Any, clock: Any, family: str, tile: Tile, device: launch.Device) -> float:
+    """Operations a second, of those that the tensor cores can do."""
+    m, n = shape(tile, device)
+    fmt = lb.format(FORMATS[family])
+    p = Problem(m, n, COLUMNS, fmt, fmt, "bfloat16", device=device.name)
+    x, w = (lb.quantize(cupy.ones((rows, COLUMNS), "float16"), fmt)._parts for rows in (m, n))
+    out = cupy.empty((m, n), "bfloat16")
+    run = w8a8.bind(p, w8a8.spec_with(p, tile, fast=family == "float8_fast"))(w)
+    run(x, Epilogue(), out)
+    clock.synchronize()
+    best = min(clock.batch(lambda i: run(x, Epilogue(), out), CALLS) for _ in range(ROUNDS))
+    peak = costs.rates(device.capability).dense * w8a8.FASTER
+    return float(p.operations / best / peak)
+
+
+def shape(tile: Tile, device: launch.Device) -> tuple[int, int]:
+    """Rows of x and of w whose tiles fill the GPU a few times."""
+    first, second, _ = tile.shape
+    (a, b), total = tile.cluster, WAVES * device.processors
+    across = 12 // b * b
+    m, n = first * (total // across // a * a), second * across
+    return (n, m) if tile.turned else (m, n)
+
+
+def written(table: dict[str, list[dict[str, Any]]]) -> str:
+    """The table as it stands in the repository: a line for each tile."""
+    lists = (
+        f'"{family}": [\n ' + ",\n ".join(json.dumps(row) for row in rows) + "\n]"
+        for family, rows in table.items()
+    )
+    return "{\n" + ",\n".join(lists) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()
