@@ -56,6 +56,12 @@ def finish(spec: Spec) -> Node:
     scaled = epilogue.compute(
         epilogue.FMA, epilogue.along(x, "x_scale"), scaled, epilogue.scalar("zero")
     )
+    return finished(spec, scaled)
+
+
+def finished(spec: Spec, scaled: Node) -> Node:
+    """activation(alpha * scaled + bias) + residual."""
+    w = "rows" if spec.turned else "columns"
     steps = [(epilogue.FMA, [epilogue.scalar("alpha"), None, epilogue.along(w, "bias")])]
     if spec.activation is not None:
         steps.append((f"lb::{spec.activation}", [None]))
@@ -72,33 +78,49 @@ def finish(spec: Spec) -> Node:
 @lru_cache(maxsize=256)
 def text(spec: Spec) -> str:
     """C++ of the kernel ``lowbit_gemm``."""
+    return written(spec, finish(spec))
+
+
+def written(
+    spec: Spec,
+    after: Node,
+    before: str = "",
+    layouts: tuple[str, str] = ("cutlass::layout::RowMajor", "cutlass::layout::ColumnMajor"),
+    variant: str | None = None,
+) -> str:
+    """C++ of a kernel.
+
+    `before` declares what the operands' `layouts` name; `variant` ends the name of the main loop's
+    schedule.
+    """
     first, second = (spec.w, spec.x) if spec.turned else (spec.x, spec.w)
     layout = "ColumnMajor" if spec.turned else "RowMajor"
     out = elements.DTYPES[spec.out]
     added = "void" if spec.residual is None else elements.DTYPES[spec.residual]
     at_once = 128 // _BITS[spec.out]
     added_at_once = at_once if spec.residual is None else 128 // _BITS[spec.residual]
-    fast = "FP8FastAccum" if spec.fast else ""
-    after = "" if spec.schedule == "Pingpong" else "Cooperative"
+    if variant is None:
+        variant = "FP8FastAccum" if spec.fast else ""
+    stored = "" if spec.schedule == "Pingpong" else "Cooperative"
     shape = ", ".join(f"cute::_{each}" for each in spec.tile)
     cluster = ", ".join(f"cute::_{each}" for each in (*spec.cluster, 1))
     sum_ = "int32_t" if spec.integral else "float"
     return f"""#include "cutlass_gemm.cuh"
 using Tile = cute::Shape<{shape}>;
 using Cluster = cute::Shape<{cluster}>;
-using Finish = {finish(spec).text};
+using Finish = {after.text};
 using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
     cutlass::epilogue::collective::EpilogueTileAuto, {sum_}, float,
     {added}, cutlass::layout::{layout}, {added_at_once},
     {out}, cutlass::layout::{layout}, {at_once},
-    cutlass::epilogue::TmaWarpSpecialized{after}, Finish>::CollectiveOp;
-using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
+    cutlass::epilogue::TmaWarpSpecialized{stored}, Finish>::CollectiveOp;
+{before}using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,
-    {first}, cutlass::layout::RowMajor, 16, {second}, cutlass::layout::ColumnMajor, 16, {sum_},
+    {first}, {layouts[0]}, 16, {second}, {layouts[1]}, 16, {sum_},
     Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
-    cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{fast}>::CollectiveOp;
+    cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{variant}>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<
     cute::Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>;
 """ + epilogue.KERNEL.format(clusters=", ".join(map(str, (*spec.cluster, 1))))
@@ -110,8 +132,12 @@ def layout(spec: Spec) -> Layout:
     counts = [("bytes", "I"), ("bytes_first", "I"), ("bytes_second", "I")]
     if not spec.integral and not spec.fast:
         counts.append(("promotion", "I"))
-    mainloop = record(("first", MAP), ("second", MAP), *counts)
-    after = record(("thread", finish(spec).layout), ("c", MAP), ("d", MAP), ("bytes", "I"))
+    return laid_out(spec, finish(spec), record(("first", MAP), ("second", MAP), *counts))
+
+
+def laid_out(spec: Spec, after: Node, mainloop: Layout) -> Layout:
+    """Of the argument of a kernel with these arguments of its main loop."""
+    stores = record(("thread", after.layout), ("c", MAP), ("d", MAP), ("bytes", "I"))
     shape = record(*((axis, "i") for axis in "mnkl"))
     cluster = record(*((axis, "I") for axis in "xyz"))
     hardware = record(
@@ -119,7 +145,7 @@ def layout(spec: Spec) -> Layout:
         ("fallback", cluster),
     )  # fmt: skip
     return record(
-        ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", after),
+        ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", stores),
         ("hardware", hardware), ("scheduler", schedulers.PERSISTENT),
         *([("workspace", "Q")] if spec.schedule == "Cooperative" else []),
     )  # fmt: skip
@@ -211,8 +237,14 @@ def _result(spec: Spec, call: Call, given: Matrices, dtype: str) -> TensorMap:
 
 def values(spec: Spec, call: Call, processors: int) -> dict[str, Value]:
     """Members of the kernel's argument, descriptors aside."""
+    found = common(spec, call, processors, finish(spec))
+    return found if spec.integral or spec.fast else found | {"mainloop.promotion": 4}
+
+
+def common(spec: Spec, call: Call, processors: int, after: Node) -> dict[str, Value]:
+    """Members that every kernel's argument has, descriptors aside."""
     first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
-    (m, n, depth), found = spec.tile, finish(spec)
+    m, n, depth = spec.tile
     added = 0 if spec.residual is None else _BITS[spec.residual] // 8
     columns = min(32, n)
     rows = 64 if spec.schedule == "Pingpong" else min(128, m)
@@ -222,9 +254,8 @@ def values(spec: Spec, call: Call, processors: int) -> dict[str, Value]:
         "mainloop.bytes": (m + n) * depth,
         "mainloop.bytes_first": m * depth,
         "mainloop.bytes_second": n * depth,
-        **({} if spec.integral or spec.fast else {"mainloop.promotion": 4}),
         "epilogue.bytes": rows * columns * (added or _BITS[spec.out] // 8),
-        **{f"epilogue.thread.{path}": named[name] for name, path in found.operands.items()},
+        **{f"epilogue.thread.{path}": named[name] for name, path in after.operands.items()},
         "hardware.processors": processors,
         **schedulers.persistent("scheduler", tiling(spec, call)),
     }  # fmt: skip
