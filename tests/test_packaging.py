@@ -14,7 +14,7 @@ import pytest
 import lowbit
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("src", "lowbit", "kernels", "formats")
+FOLDERS = ("src", "lowbit", "kernels", "formats", "licenses")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 PLANTED = (
     "kernels/cpu/planted.cu",
@@ -88,8 +88,9 @@ def test_the_wheel_says_what_it_is(wheel):
     (folder,) = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
     assert metadata["Version"] == lowbit.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert wheel.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert metadata["License-Expression"] == "Apache-2.0 AND BSD-3-Clause"
+    for name in ("LICENSE", "licenses/CUTLASS.txt"):
+        assert wheel.read(f"{folder}/licenses/{name}") == (ROOT / name).read_bytes()
     assert b"lowbit = lowbit.cli:main" in wheel.read(f"{folder}/entry_points.txt")
     assert b"Root-Is-Purelib: true" in wheel.read(f"{folder}/WHEEL")
 

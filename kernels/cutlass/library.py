@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 RELEASE = "4.2"
 """Of CUTLASS: the one whose structs the modules beside this one lay out."""
@@ -14,6 +15,15 @@ OPTIONS = (
     "-DCUTE_USE_PACKED_TUPLE=1",
     f"-DLOWBIT_CUTLASS={RELEASE}",
 )
+
+
+class Shipped(NamedTuple):
+    """A kernel whose machine code comes with the package; `make cubins` asks each module here."""
+
+    label: str
+    """What it is for."""
+    argument: int
+    """Bytes of its argument, as this package lays it out."""
 
 
 @cache

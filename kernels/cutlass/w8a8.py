@@ -19,6 +19,7 @@ from lowbit.kernels.cuda import compile, emit, float8, gemm, integer, launch, pr
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, elements, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
+from lowbit.kernels.cutlass.library import Shipped
 from lowbit.kernels.cutlass.schedulers import grid
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
@@ -44,8 +45,8 @@ def source(spec: Spec) -> Source:
     return Source(dense.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
 
 
-def shipped(arch: str) -> dict[Source, str]:
-    """Kernels whose machine code comes with the package, and what each is for."""
+def shipped(arch: str) -> dict[Source, Shipped]:
+    """Kernels whose machine code comes with the package."""
     if arch != "sm_90a":
         return {}
     found = {}
@@ -53,7 +54,8 @@ def shipped(arch: str) -> dict[Source, str]:
         p = Problem(1, 8, 16, get(fmt), get(fmt), "bfloat16")
         for tile in tiles.listed(family):
             spec = spec_with(p, tile, fast=family == "float8_fast")
-            found[source(spec)] = f"{family} rows -> bfloat16, {tile}"
+            label = f"{family} rows -> bfloat16, {tile}"
+            found[source(spec)] = Shipped(label, dense.layout(spec).size)
     return found
 
 

@@ -223,6 +223,7 @@ def _gpu() -> Iterator[Finding]:
     else:
         yield from _devices(f"driver for CUDA {cuda}, {package} {_installed(package)}", extra)
         yield _nvrtc()
+        yield _cutlass()
         yield _cublas()
 
 
@@ -273,6 +274,16 @@ def _nvrtc() -> Finding:
         return Finding("nvrtc", "kernels of less common formats cannot be compiled", why)
     major, minor = compile.version()
     return Finding("nvrtc", f"{major}.{minor}, CUDA's headers in {compile.includes()[1]}")
+
+
+def _cutlass() -> Finding:
+    """Look for what kernels on CUTLASS are compiled with, where the package does not bring them."""
+    from lowbit.kernels.cutlass import library
+
+    found = library.headers()
+    if found is None:
+        return Finding("cutlass", f"only kernels that come with lowbit; {library.remedy()}")
+    return Finding("cutlass", f"headers of CUTLASS {library.RELEASE} in {found}")
 
 
 def _cublas() -> Finding:

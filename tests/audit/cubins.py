@@ -8,23 +8,32 @@ tests/test_cuda_shipped.py fails where that is stale.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 import sass
 import usual
 
 from lowbit.kernels import cutlass
 from lowbit.kernels.cuda import archive, compile
+from lowbit.kernels.cuda.compile import Cubin
 from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cutlass.library import Shipped
 
+PRODUCTS = "[HIQ]?G?MMA|UTC.*MMA|OMMA"
+"""Names of instructions of the tensor cores."""
 BUDGET = 1_500_000
 """Bytes that the archives of architectures may take in the wheel."""
 BUDGET_ALONE = 4_000_000
 """Bytes that the kernels on CUTLASS may take."""
+TABLE = Path(__file__).parent / "cutlass.json"
+"""What the kernels on CUTLASS take; docs/generate.py prints it."""
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 """Of kernels on CUTLASS."""
 
@@ -34,14 +43,14 @@ def keys(arch: str) -> set[str]:
     return {compile.key(source, arch) for source in usual.shipped(arch)}
 
 
-def alone() -> dict[tuple[str, str], tuple[Source, str]]:
-    """Kernels with an archive each: by architecture and key, with what they are for."""
+def alone() -> dict[tuple[str, str], tuple[Source, Shipped]]:
+    """Kernels with an archive each, by architecture and key."""
     found = {}
     for info in iter_modules(cutlass.__path__, f"{cutlass.__name__}."):
         module = import_module(info.name)
         for arch in ARCHS if hasattr(module, "shipped") else ():
-            for source, label in module.shipped(arch).items():
-                found[arch, compile.key(source, arch)] = source, label
+            for source, shipped in module.shipped(arch).items():
+                found[arch, compile.key(source, arch)] = source, shipped
     return found
 
 
@@ -59,7 +68,7 @@ def write(arch: str) -> int:
     return archive.save(arch, archive.Archive(compile.version(), cubins), archive.FOLDER)
 
 
-def write_alone(arch: str, key: str, source: Source, label: str) -> None:
+def write_alone(arch: str, key: str, source: Source, shipped: Shipped) -> None:
     """Compile and pack one kernel."""
     made, said = compile.nvrtc_said(source, arch)
     usage = sass.usage(made, arch)
@@ -67,11 +76,40 @@ def write_alone(arch: str, key: str, source: Source, label: str) -> None:
     if "wgmma" in said:  # which the compiler makes wait for each other
         faults.append(said)
     if faults:
-        raise ValueError(f"{arch} {label}: {usage.registers} registers, {'; '.join(faults)}")
+        raise ValueError(
+            f"{arch} {shipped.label}: {usage.registers} registers, {'; '.join(faults)}"
+        )
     content = {key: (made.code, made.name)}
     packed = archive.Archive(compile.version(), content)
     size = archive.save(archive.file_of(arch, key), packed, archive.FOLDER)
-    print(f"{arch} {label}: {usage.registers} registers, {size / 1000:.0f} kB", flush=True)
+    print(f"{arch} {shipped.label}: {usage.registers} registers, {size / 1000:.0f} kB", flush=True)
+
+
+def row(arch: str, key: str, source: Source, shipped: Shipped) -> dict[str, Any]:
+    """What the machine code of one kernel takes and holds."""
+    made = archive.load(arch, key)
+    assert made is not None
+    cubin = Cubin(*made.cubins[key])
+    found = sass.disassembled(cubin)
+    return {
+        "arch": arch,
+        "for": shipped.label,
+        "registers": sass.usage(cubin, arch).registers,
+        "argument": shipped.argument,
+        "products": sass.count(found, PRODUCTS),
+        "instructions": sum(found.values()),
+    }
+
+
+def write_table(wanted: dict[tuple[str, str], tuple[Source, Shipped]]) -> None:
+    """Bring the table of the kernels on CUTLASS up to date."""
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    rows = {}
+    for each, kernel in wanted.items():
+        name = archive.file_of(*each)
+        rows[name] = known.get(name) or row(*each, *kernel)
+        rows[name] |= {"for": kernel[1].label, "argument": kernel[1].argument}
+    TABLE.write_text(json.dumps(rows, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
 
 def main() -> None:
@@ -96,6 +134,7 @@ def main() -> None:
         print(error, file=sys.stderr)
     if failed:
         sys.exit(f"{len(failed)} kernels failed")
+    write_table(wanted)
     total = sum(path.stat().st_size for path in archive.FOLDER.glob("*-*.xz"))
     print(f"on CUTLASS: {len(wanted)} kernels, {total / 1000:.0f} kB")
     if total > BUDGET_ALONE:
