@@ -71,6 +71,9 @@ class Machine:
     def scratch(self, count: int) -> Any:
         return self.empty((count,), np.int32)
 
+    def number(self, kind: type[np.generic], value: float) -> Any:
+        return kind(value)
+
     def address(self, array: Any) -> int:
         address: int = array.data.ptr
         return address

@@ -151,18 +151,17 @@ def _build(p: Problem) -> Bind:
         codes = w.codes.view(np.uint8)
         if not _aligned(machine.address(codes), codes.strides[0]):
             return otherwise(w)
-        rows, columns = product.block_of(w)
+        number = machine.number
         w_map = machine.tensor_map(codes, (ROWS, DEPTH // 8 * w.format.element.bits), swizzle=0)
         absent = w.scales  # stands where an operand is not there: never read
         weight = (
             w.scales,
             absent if w.zeros is None else w.zeros,
-            np.int32(w.scales.shape[-1]),
-            np.int32(rows),
-            np.int32(columns),
+            *(number(np.int32, size) for size in (w.scales.shape[-1], *product.block_of(w))),
             absent if w.tensor_scale is None else w.tensor_scale,
         )
-        sizes = (np.int32(p.m), np.int32(p.n), np.int32(p.k), np.int32(segment))
+        sizes = [number(np.int32, size) for size in (p.m, p.n, p.k, segment)]
+        one = number(np.float64, 1)
         function = machine.function(source(spec))
 
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
@@ -179,12 +178,12 @@ def _build(p: Problem) -> Bind:
                 machine.tensor_map(x, (spec.columns, DEPTH), swizzle=128),
                 w_map,
                 *weight,
-                np.float64(epilogue.alpha),
+                one if epilogue.alpha == 1 else np.float64(epilogue.alpha),
                 absent if epilogue.bias is None else epilogue.bias,
                 absent if residual is None else residual,
-                product.pitch_of(out if residual is None else residual),
+                product.pitch_of(machine, out if residual is None else residual),
                 out,
-                product.pitch_of(out),
+                product.pitch_of(machine, out),
                 partial,
                 arrived,
                 *sizes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from lowbit.formats import Format
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import emit, launch, tiles
-from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cuda.launch import Machine, Source
 from lowbit.kernels.cuda.tiles import Tile
 from lowbit.kernels.declare import Array, Bind, Epilogue, Problem, Run
 
@@ -187,14 +187,11 @@ def piece_of(address: int, pitch: int, row: int) -> int:
 
 
 _source = lru_cache(maxsize=4096)(source)
-# Arguments come again and again, and a NumPy scalar is dearer to make than to find.
-wide = lru_cache(maxsize=1024)(np.int64)
-_NONE, _ONE, _ZERO = np.int64(0), np.int32(1), np.int32(0)
 
 
-def pitch_of(rows: Array) -> np.int64:
-    """Numbers from one row to the next."""
-    return wide(rows.strides[0] // rows.itemsize)
+def pitch_of(machine: Machine, rows: Array) -> Any:
+    """Numbers from one row to the next, as an argument."""
+    return machine.number(np.int64, rows.strides[0] // rows.itemsize)
 
 
 def bind(p: Problem, spec: Spec, segment: int) -> Bind:
@@ -206,33 +203,38 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
+        number = machine.number
         codes = w.codes.view(np.uint8)
         pitch = codes.strides[0]
         bound = replace(spec, w_piece=piece_of(machine.address(codes), pitch, w_row))
         absent = w.scales  # stands where an operand is not there: never read
-        rows, columns = block_of(w)
         weight = (
             codes,
-            np.int64(pitch),
+            number(np.int64, pitch),
             w.scales,
             absent if w.zeros is None else w.zeros,
             absent if w.biases is None else w.biases,
-            np.int32(w.scales.shape[-1]),
-            np.int32(rows),
-            np.int32(columns),
+            *(number(np.int32, size) for size in (w.scales.shape[-1], *block_of(w))),
         )
         factor = absent if w.tensor_scale is None else w.tensor_scale
-        sizes = (np.int32(p.m), np.int32(p.n), np.int32(p.k), np.int32(segment))
+        sizes = [number(np.int32, size) for size in (p.m, p.n, p.k, segment)]
+        one, none = number(np.float64, 1), number(np.int64, 0)
+        without_scales = (absent, *(number(np.int32, entry) for entry in (0, 1, 1))), absent
         shared, threads = spec.shared_memory, (tile.threads,)
 
-        @cache
-        def function_for(piece: int) -> launch.Function:
-            return machine.function(_source(replace(bound, x_piece=piece)))
+        @lru_cache(maxsize=64)
+        def reading(offset: int, pitch: int) -> tuple[launch.Function, Any]:
+            """For rows of x that begin there, modulo 16, and lie so far apart: kernel, argument."""
+            piece = piece_of(offset, pitch, x_row)
+            return machine.function(_source(replace(bound, x_piece=piece))), number(np.int64, pitch)
 
         def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            given, left, x_factor = _left(x, absent)
-            x_pitch = given.strides[0]
-            function = function_for(piece_of(machine.address(given), x_pitch, x_row))
+            left, x_factor = without_scales
+            if isinstance(x, Packed):
+                left, x_factor = _scales(machine, x, absent)
+                x = x.codes.view(np.uint8)
+            x = steady(x)
+            function, x_pitch = reading(machine.address(x) % 16, x.strides[0])
             partial = arrived = out
             if shares > 1:
                 partial = machine.scratch(shares * p.m * p.n)
@@ -242,18 +244,18 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
                 grid,
                 threads,
                 (
-                    given,
-                    wide(x_pitch),
+                    x,
+                    x_pitch,
                     *weight,
                     *left,
                     factor,
                     x_factor,
-                    np.float64(epilogue.alpha),
+                    one if epilogue.alpha == 1 else np.float64(epilogue.alpha),
                     absent if bias is None else bias,
                     absent if residual is None else residual,
-                    _NONE if residual is None else pitch_of(residual),
+                    none if residual is None else pitch_of(machine, residual),
                     out,
-                    pitch_of(out),
+                    pitch_of(machine, out),
                     partial,
                     arrived,
                     *sizes,
@@ -266,21 +268,18 @@ def bind(p: Problem, spec: Spec, segment: int) -> Bind:
     return to
 
 
-def _left(x: Any, absent: Array) -> tuple[Array, tuple[Any, ...], Array]:
-    """x's numbers, as rows without gaps; its scales and their blocks; its tensor scale."""
-    if not isinstance(x, Packed):
-        return steady(x), (absent, _ZERO, _ONE, _ONE), absent
-    rows, columns = block_of(x)
-    scales = x.scales
-    left = (scales, np.int32(scales.shape[-1]), np.int32(rows), np.int32(columns))
-    factor = absent if x.tensor_scale is None else x.tensor_scale
-    return steady(x.codes.view(np.uint8)), left, factor
+def _scales(machine: Machine, x: Packed, absent: Array) -> tuple[tuple[Any, ...], Array]:
+    """x's scales and their blocks; its tensor scale."""
+    sizes = (x.scales.shape[-1], *block_of(x))
+    scales = (x.scales, *(machine.number(np.int32, size) for size in sizes))
+    return scales, absent if x.tensor_scale is None else x.tensor_scale
 
 
 def steady(x: Array) -> Array:
     """Rows without gaps, one behind the other in memory."""
-    apart = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
-    return x if apart or (x.shape[1] == 1 and x.strides[0] > 0) else x.copy()
+    (pitch, step), columns, size = x.strides, x.shape[1], x.itemsize
+    apart = step == size and pitch >= columns * size
+    return x if apart or (columns == 1 and pitch > 0) else x.copy()
 
 
 def block_of(parts: Packed) -> tuple[int, int]:

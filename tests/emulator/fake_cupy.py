@@ -278,6 +278,9 @@ class Machine:
     def scratch(self, count: int) -> ndarray:
         return _made(self.inner.scratch(count))
 
+    def number(self, kind: Any, value: float) -> Any:
+        return self.inner.number(kind, value)
+
     def matmul(self, x: Any, w: Any) -> ndarray:
         return _made(self.inner.matmul(x.held, w.held))
 
