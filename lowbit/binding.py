@@ -70,7 +70,7 @@ class Product:
 
     def into(self, target: Array, x: Any, after: Epilogue) -> None:
         """Compute into memory of the result's dtype, which may be that of an operand."""
-        if apart(target, x, after):
+        if apart(self.place, target, x, after):
             self.execute(
                 x, after, target if self.kept is self.shape else target.reshape(self.shape)
             )
@@ -85,28 +85,36 @@ class Product:
 class DeviceProduct(Product):
     """A product on a GPU: nothing in it waits, so that a graph of CUDA may capture it."""
 
-    __slots__ = ("gpu", "place")
+    __slots__ = ("_current", "gpu", "place")
 
     def __init__(
         self, stated: Stated, execute: Execute, place: places.Gpu, inside: bool = False
     ) -> None:
         super().__init__(stated, execute, inside)
         self.gpu = self.place = place
+        self._current = place.xp.cuda.runtime.getDevice
 
     def __call__(self, x: Any, after: Epilogue) -> Array:  # noqa: D102  (said above)
-        cupy, number = self.gpu.xp, self.gpu.number
-        if cupy.cuda.runtime.getDevice() != number:
-            with cupy.cuda.Device(number):
+        if self._elsewhere(x):
+            with self.gpu.current():
                 return self(x, after)
-        if type(x) is places.gpu_array and x.data.device_id != number:
-            places.on(self.gpu, x, "x")
-        out: Array = cupy.ndarray(self.shape, self.dtype)  # quicker than cupy.empty
+        # Quicker than cupy.empty, and the type of a dtype quicker than the dtype.
+        out: Array = self.gpu.xp.ndarray(self.shape, self.dtype.type)
         self.execute(x, after, out)
         return out if self.kept is self.shape else out.reshape(self.kept)
 
     def into(self, target: Array, x: Any, after: Epilogue) -> None:  # noqa: D102
-        with self.place.current():
+        if self._elsewhere(x):
+            with self.gpu.current():
+                self.into(target, x, after)
+        else:
             super().into(target, x, after)
+
+    def _elsewhere(self, x: Any) -> bool:
+        """Whether another GPU is current; an array x has to lie on this one."""
+        if type(x) is places.gpu_array and x.data.device_id != self.gpu.number:
+            places.on(self.gpu, x, "x")
+        return bool(self._current() != self.gpu.number)
 
     def answer(self, x: Any, after: Epilogue, origin: interop.Origin) -> Any:  # noqa: D102
         if origin.framework != "torch":
@@ -117,12 +125,12 @@ class DeviceProduct(Product):
         return result
 
 
-def apart(target: Array, x: Any, after: Epilogue) -> bool:
+def apart(place: places.Place, target: Array, x: Any, after: Epilogue) -> bool:
     """Whether a kernel can write there: rows without gaps, and no operand's memory."""
-    flags, here = target.flags, isinstance(target, np.ndarray)
+    flags, here = target.flags, place is places.HOST
     if not (flags.c_contiguous and target.dtype.isnative and (not here or flags.aligned)):
         return False
-    share = np.may_share_memory if here else places.of(target).xp.may_share_memory
+    share = place.xp.may_share_memory
     for each in (x, after.bias, after.residual):
         if each is not None and not isinstance(each, QArray) and share(target, each):
             return False
@@ -258,7 +266,7 @@ def _runs(problem: Problem, kernel: str | None) -> Callable[[Parts], Execute]:
         return lambda parts: _steadied(_bound(bind, parts, problem), problem)
     if kernels.choose(problem, kernel).kernel.device == "any":
         return lambda parts: _through_host(lambda: bind(places.changed(_gathered(parts), _host)))
-    return lambda parts: _steadied(_near(_bound(bind, parts, problem)), problem)
+    return lambda parts: _steadied(_near(_bound(bind, parts, problem), problem), problem)
 
 
 def _host(array: Array) -> Array:
@@ -282,13 +290,13 @@ def _through_host(bound: Callable[[], Execute]) -> Execute:
     return execute
 
 
-def _near(run: Execute) -> Execute:
+def _near(run: Execute, problem: Problem) -> Execute:
     """The run with parts of x as kernels of a GPU read them; a dense x they see to themselves."""
+    if isinstance(problem.x, str):
+        return run
 
-    def execute(x: Any, after: Epilogue, out: Array) -> object:
-        if isinstance(x, Packed) and not _readable(x, "rows"):
-            x = _gathered(x)
-        return run(x, after, out)
+    def execute(x: Packed, after: Epilogue, out: Array) -> object:
+        return run(x if _readable(x, "rows") else _gathered(x), after, out)
 
     return execute
 

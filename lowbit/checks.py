@@ -18,6 +18,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOATS: dict[str, np.dtype[Any]] = {
     d.name: d for d in (*map(np.dtype, (np.float64, np.float32, np.float16)), BFLOAT16)
 }
+_FLOAT_TYPES = {d.type for d in _FLOATS.values()}  # whatever the byte order
 
 
 def float_dtype(dtype: Any, argument: str) -> np.dtype[Any]:
@@ -63,7 +64,7 @@ def data(x: Array, argument: str) -> Array:
 
 def floating(x: Array, argument: str) -> None:
     """Refuse what is not float64, float32, float16 or bfloat16."""
-    if x.dtype.newbyteorder("=") not in _FLOATS.values():
+    if x.dtype.type not in _FLOAT_TYPES:
         raise TypeError(
             f"{argument}: want float32, float16, bfloat16 or float64, got {x.dtype.name}"
         )

@@ -114,7 +114,7 @@ def grouped_matmul(
             checks.finite_scalar(alpha, "alpha"), added, activation, rest, dtype, rows, w
         )
         answer = None
-        if target is not None and binding.apart(target, left, after):
+        if target is not None and binding.apart(w._place, target, left, after):
             result = target
         elif target is None and origin.framework == "torch" and origin.device != "cpu":
             answer, result = cuda_interop.torch_result((rows, n), dtype, origin.device)

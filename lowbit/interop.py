@@ -72,9 +72,10 @@ def read(x: Any, argument: str, *, kept: bool = False) -> tuple[NDArray[Any], Or
     address it. A kind of array that is not NumPy's, CuPy's, torch's or JAX's is read through
     DLPack or `__array__`. `kept` says that the view outlives the call.
     """
-    if type(x) is np.ndarray:
+    kind = type(x)
+    if kind is np.ndarray or kind is places.gpu_array:
         if x.dtype.type in _NUMBERS:
-            return x, NUMPY
+            return x, NUMPY if kind is np.ndarray else CUPY
         _refuse_dtype(x.dtype, argument)
     torch: Any = sys.modules.get("torch")
     if isinstance(x, getattr(torch, "Tensor", ())):
@@ -131,6 +132,8 @@ def stream(origin: Origin, place: places.Place) -> AbstractContextManager[Any]:
 
 def written(x: Any) -> None:
     """Tell torch that a tensor's memory has changed, so that autograd notices stale values."""
+    if type(x) is np.ndarray:
+        return
     torch: Any = sys.modules.get("torch")
     if isinstance(x, getattr(torch, "Tensor", ())):
         torch.autograd.graph.increment_version(x)

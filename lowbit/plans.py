@@ -110,28 +110,34 @@ class Plan:
         array
             In the framework, and on the device, of x.
         """
-        given, origin = x, interop.NUMPY
-        if type(x) is self._kind and x.shape == self._shape and x.dtype == self._dtype:
-            if residual is None and out is None and self._out is None:
-                return self._product(x, self._after)
-        else:
-            same = False
-            if not isinstance(x, QArray):
-                given, origin = interop.read(x, "x")
-                same = given.shape == self._shape and given.dtype == self._dtype
-            if not same and _described(given) != self._taken:
-                self._refuse(given)
-        held = given._parts.codes if isinstance(given, QArray) else given
-        places.on(self._product.place, held, "x")
+        product = self._product
         after = self._after if residual is None else self._with(residual)
         target = self._target if out is None else self._checked(out)
-        with interop.stream(origin, self._product.place):
+        if type(x) is self._kind and x.shape == self._shape and x.dtype == self._dtype:
             if target is None:
-                return self._product.answer(given, after, origin)
-            self._product.into(target, given, after)
+                return product(x, after)
+            product.into(target, x, after)
+        else:
+            given, origin = self._read(x)
+            with interop.stream(origin, product.place):
+                if target is None:
+                    return product.answer(given, after, origin)
+                product.into(target, given, after)
         out = self._out if out is None else out
         interop.written(out)
         return out
+
+    def _read(self, x: Any) -> tuple[Array | QArray, interop.Origin]:
+        """x as the product takes it, and where the result goes."""
+        given, origin, same = x, interop.NUMPY, False
+        if not isinstance(x, QArray):
+            given, origin = interop.read(x, "x")
+            same = given.shape == self._shape and given.dtype == self._dtype
+        if not same and _described(given) != self._taken:
+            self._refuse(given)
+        held = given._parts.codes if isinstance(given, QArray) else given
+        places.on(self._product.place, held, "x")
+        return given, origin
 
     def _refuse(self, x: Array | QArray) -> NoReturn:
         remedy = "make another plan for it, or call lowbit.matmul, which takes any"

@@ -220,11 +220,10 @@ def operands_of(x: Any, w: Any) -> tuple[Array | QArray, Array | QArray, interop
         if dense.ndim == 0:
             raise ValueError(f"{argument}: want at least one axis, got a 0-d array")
         sides.append(dense)
-    if not any(isinstance(s, QArray) for s in sides):
-        raise TypeError("matmul: neither operand is a QArray; quantize one, or use numpy.matmul")
     left, right = sides
     w_side, x_side = (right, left) if isinstance(right, QArray) else (left, right)
-    assert isinstance(w_side, QArray)
+    if not isinstance(w_side, QArray):
+        raise TypeError("matmul: neither operand is a QArray; quantize one, or use numpy.matmul")
     held = x_side._parts.codes if isinstance(x_side, QArray) else x_side
     places.on(w_side._place, held, "x")
     return left, right, origin
@@ -325,7 +324,8 @@ def epilogue(
 ) -> Epilogue:
     """The operands of what follows the product, in the shapes and dtypes that kernels take."""
     if bias is None and residual is None:
-        return Epilogue(alpha, None, activation, None)
+        bare = alpha == 1 and activation is None
+        return BARE if bare else Epilogue(alpha, None, activation, None)
     stated, place = product.stated, product.place
     shape, (drop_rows, drop_columns) = stated.shape, stated.dropped
     if bias is not None:

@@ -339,17 +339,26 @@ def test_out_that_is_an_operand(machine, cupy):
     w = weight(shape=(64, 64)).to_device("cuda")
     x = cupy.asarray(X)
     expected = lb.linear(x, w).get()
+    plan, again = lb.plan(x, w.T), cupy.asarray(X)
     lb.linear(x, w, out=x)
     np.testing.assert_array_equal(x.get(), expected)
+    plan(again, out=again)
+    np.testing.assert_array_equal(again.get(), expected)
+    bound = lb.plan(again, w.T, out=again)
+    expected = lb.linear(again, w).get()
+    np.testing.assert_array_equal(bound(again).get(), expected)
 
 
 def test_a_plan_is_for_one_device(machine, cupy):
     w = weight().to_device("cuda:1")
-    plan = lb.plan(other(cupy, X), w.T)
-    with pytest.raises(BufferError, match="x: it is on cuda:0, w is on cuda:1"):
-        plan(cupy.asarray(X))
-    with pytest.raises(BufferError, match="x: it is on cpu, w is on cuda:1"):
-        plan(X)
+    out = other(cupy, np.empty((5, 8), np.float32))
+    for plan in lb.plan(other(cupy, X), w.T), lb.plan(other(cupy, X), w.T, out=out):
+        with pytest.raises(BufferError, match="x: it is on cuda:0, w is on cuda:1"):
+            plan(cupy.asarray(X))
+        with pytest.raises(BufferError, match="x: it is on cpu, w is on cuda:1"):
+            plan(X)
+        with pytest.raises(BufferError, match="out: it is on cuda:0, w is on cuda:1"):
+            plan(other(cupy, X), out=cupy.empty((5, 8), np.float32))
 
 
 def test_the_reference_always_works_and_says_how(machine, cupy):
