@@ -118,14 +118,29 @@ def test_squares_are_added_with_one_rounding(dtype, scale):
     x = drawn((4000,), dtype, 4)
     x = x if dtype is np.float16 else (x.astype(np.float64) * scale).astype(dtype)
     total = (np.abs(drawn((4000,), np.float32, 5)) * np.float32(scale) ** 2).astype(np.float32)
-    # Ties of float32 that only a small square decides, and squares that only a small sum does.
-    total[::3] = np.square(x[::3].astype(np.float64)).astype(np.float32)
     total[::5] *= np.float32(2.0**-26)
     x[::7] = x[::7].astype(np.float64) * 2.0**-12
     got = layers._fma(x, total)
     for a, b, found in zip(x, total, got, strict=True):
         exact = Fraction(float(a)) ** 2 + Fraction(float(b))
         assert found == nearest(exact)
+
+
+def test_ties_are_decided_by_what_float64_does_not_hold():
+    """Squares just below the middle of two float32 numbers, and what is missing to it, rounded."""
+    x = np.random.default_rng(6).uniform(1, 1.4, 100_000).astype(np.float32)
+    square = x.astype(np.float64) ** 2
+    missing = (np.floor(square * 2.0**23) + 0.5) * 2.0**-23 - square
+    close = (missing > 0) & (missing < 2.0**-30)
+    x, total = x[close], missing[close].astype(np.float32)
+    x, total = np.append(x, np.float32(1 + 2.0**-12)), np.append(total, np.float32(2.0**-60))
+    exact = [Fraction(float(a)) ** 2 + Fraction(float(b)) for a, b in zip(x, total, strict=True)]
+    twice = (x.astype(np.float64) ** 2 + total).astype(np.float32)
+    expected = [nearest(each) for each in exact]
+    assert (twice != expected).any()
+    assert (layers._fma(x, total) == expected).all()
+    one_by_one = [layers._fma(x[i : i + 1], total[i : i + 1])[0] for i in range(len(x))]
+    assert one_by_one == expected
 
 
 def nearest(exact: Fraction) -> np.float32:
@@ -240,6 +255,12 @@ def test_float64_is_computed_in_float64():
     assert lb.quantize_rmsnorm(large, np.ones(64), "int8_row").dequantize()[0, 0] == pytest.approx(
         1
     )
+
+
+def test_a_vector_stays_one():
+    x = drawn((64,), seed=21)
+    w, updated = lb.quantize_rmsnorm(x, x, "int8_row", residual=x)
+    assert w.shape == updated.shape == lb.quantize_silu_mul(x, x, "int8_row").shape == (64,)
 
 
 def test_weights_of_any_dtype():
