@@ -14,7 +14,7 @@ import sass
 from lowbit.kernels.cuda import archive, compile, elf
 from lowbit.kernels.cuda.compile import Cubin
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass import library
+from lowbit.kernels.cutlass import dense, library
 from lowbit.kernels.cutlass.library import Shipped
 
 ALONE = cubins.alone()
@@ -59,7 +59,9 @@ def test_machine_code(
     usage = sass.usage(cubin, arch)
     assert usage.faults() == []
     assert sass.blocks(arch, usage.registers, source.threads, source.shared) >= 1
-    assert elf.parameter_bytes(cubin.code, source.name) == shipped.argument
+    assert elf.argument_bytes(cubin.code, source.name) == [shipped.argument]
+    if source.threads == dense.THREADS:
+        assert elf.cluster(cubin.code, source.name) == (*shipped.cluster, 1)
     found = sass.disassembled(cubin)
     assert sass.count(found, "LDL|STL") == 0
     listed = json.loads(cubins.TABLE.read_text())[archive.file_of(arch, key)]
@@ -90,5 +92,5 @@ def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None) -> Non
     assert made is not None
     assert made.nvrtc == compile.version()
     assert sass.disassembled(compiled) == sass.disassembled(Cubin(*made.cubins[key]))
-    assert elf.parameter_bytes(compiled.code, source.name) == shipped.argument
+    assert elf.argument_bytes(compiled.code, source.name) == [shipped.argument]
     assert len(elf.shortened(compiled.code)) == len(compiled.code)

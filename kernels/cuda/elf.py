@@ -1,4 +1,4 @@
-"""The ELF files that NVRTC makes: names cut short, and what a kernel's arguments take."""
+"""The ELF files that NVRTC makes: names cut short, and what a kernel says of itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_OBJECT, _SYMTAB, _STRTAB = 1, 2, 3
-_PARAMETER = 0x1704  # EIATTR_KPARAM_INFO: index, ordinal, offset, and in 14 high bits the size
+_OBJECT, _SYMTAB = 1, 2
+_ARGUMENT = 0x1704  # EIATTR_KPARAM_INFO: index, ordinal, offset, and in 14 high bits the size
+_CLUSTER = 0x3D04  # EIATTR_CTA_PER_CLUSTER: x, y, z
 _LONG = 4  # the format of an attribute that has its length in place of its value
 
 
@@ -42,24 +43,37 @@ def shortened(code: bytes) -> bytes:
                 held[name] = len(text)
                 text += name + b"\0"
             struct.pack_into("<I", found, at, held[name])
-        if len(text) <= names.size:
-            found[names.at : names.at + names.size] = text.ljust(names.size, b"\0")
-        else:
+        if len(text) > names.size:
             return code
+        found[names.at : names.at + names.size] = text.ljust(names.size, b"\0")
     return bytes(found)
 
 
-def parameter_bytes(code: bytes, name: str) -> int:
-    """Bytes of a kernel's only argument."""
-    for section in _sections(code):
-        if section.name == f".nv.info.{name}":
-            at, end = section.at, section.at + section.size
-            while at < end:
-                kind, length = struct.unpack_from("<HH", code, at)
-                if kind == _PARAMETER:
-                    return int(struct.unpack_from("<I", code, at + 12)[0] >> 18)
-                at += 4 + (length if kind & 0xFF == _LONG else 0)
-    raise ValueError(f"{name}: no kernel of this file")
+def argument_bytes(code: bytes, name: str) -> list[int]:
+    """Sizes of a kernel's arguments."""
+    found = (struct.unpack("<IHHI", each) for each in _attributes(code, name, _ARGUMENT))
+    return [packed >> 18 for _, _, _, packed in sorted(found, key=lambda each: each[1])]
+
+
+def cluster(code: bytes, name: str) -> tuple[int, int, int]:
+    """Blocks of a cluster that a kernel asks for by itself."""
+    for each in _attributes(code, name, _CLUSTER):
+        x, y, z = struct.unpack("<III", each)
+        return x, y, z
+    return 1, 1, 1
+
+
+def _attributes(code: bytes, name: str, wanted: int) -> Iterator[bytes]:
+    info = next((s for s in _sections(code) if s.name == f".nv.info.{name}"), None)
+    if info is None:
+        raise ValueError(f"{name}: no kernel of this file")
+    at = info.at
+    while at < info.at + info.size:
+        kind, length = struct.unpack_from("<HH", code, at)
+        end = at + 4 + (length if kind & 0xFF == _LONG else 0)
+        if kind == wanted:
+            yield code[at + 4 : end]
+        at = end
 
 
 def _sections(code: bytes) -> Iterator[_Section]:

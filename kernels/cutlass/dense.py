@@ -64,7 +64,7 @@ def finished(spec: Spec, scaled: Node) -> Node:
     w = "rows" if spec.turned else "columns"
     steps = [(epilogue.FMA, [epilogue.scalar("alpha"), None, epilogue.along(w, "bias")])]
     if spec.activation is not None:
-        steps.append((f"lb::{spec.activation}", [None]))
+        steps.append((f"lb::visitors::{spec.activation}", [None]))
     if spec.residual is not None:
         steps.append(("cutlass::plus", [None, epilogue.source(spec.residual)]))
     for i, (function, children) in enumerate(steps):
@@ -87,11 +87,12 @@ def written(
     before: str = "",
     layouts: tuple[str, str] = ("cutlass::layout::RowMajor", "cutlass::layout::ColumnMajor"),
     variant: str | None = None,
+    together: tuple[int, int] = (16, 16),
 ) -> str:
     """C++ of a kernel.
 
     `before` declares what the operands' `layouts` name; `variant` ends the name of the main loop's
-    schedule.
+    schedule; `together` are the codes of either operand that lie at multiples of 16 bytes.
     """
     first, second = (spec.w, spec.x) if spec.turned else (spec.x, spec.w)
     layout = "ColumnMajor" if spec.turned else "RowMajor"
@@ -105,8 +106,9 @@ def written(
     shape = ", ".join(f"cute::_{each}" for each in spec.tile)
     cluster = ", ".join(f"cute::_{each}" for each in (*spec.cluster, 1))
     sum_ = "int32_t" if spec.integral else "float"
+    more = "" if spec.activation is None else '#include "cutlass_activation.cuh"\n'
     return f"""#include "cutlass_gemm.cuh"
-using Tile = cute::Shape<{shape}>;
+{more}using Tile = cute::Shape<{shape}>;
 using Cluster = cute::Shape<{cluster}>;
 using Finish = {after.text};
 using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
@@ -117,7 +119,7 @@ using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::epilogue::TmaWarpSpecialized{stored}, Finish>::CollectiveOp;
 {before}using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,
-    {first}, {layouts[0]}, 16, {second}, {layouts[1]}, 16, {sum_},
+    {first}, {layouts[0]}, {together[0]}, {second}, {layouts[1]}, {together[1]}, {sum_},
     Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
     cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{variant}>::CollectiveOp;

@@ -24,6 +24,7 @@ class Shipped(NamedTuple):
     """What it is for."""
     argument: int
     """Bytes of its argument, as this package lays it out."""
+    cluster: tuple[int, int] = (1, 1)
 
 
 @cache

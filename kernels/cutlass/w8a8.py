@@ -55,7 +55,7 @@ def shipped(arch: str) -> dict[Source, Shipped]:
         for tile in tiles.listed(family):
             spec = spec_with(p, tile, fast=family == "float8_fast")
             label = f"{family} rows -> bfloat16, {tile}"
-            found[source(spec)] = Shipped(label, dense.layout(spec).size)
+            found[source(spec)] = Shipped(label, dense.layout(spec).size, tile.cluster)
     return found
 
 

@@ -1,5 +1,6 @@
 // What CUTLASS's headers want of a CUDA compiler and of its driver, for a C++ compiler that has neither.
 #pragma once
+#define LOWBIT_HOST
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cstdint>
@@ -9,6 +10,7 @@ static dim3 blockDim, gridDim;
 char shared[16];
 inline void __syncthreads() {}
 inline void __syncwarp(unsigned = ~0u) {}
+inline int __syncthreads_and(int) { return 0; }
 #define __cluster_dims__(...)
 #undef __launch_bounds__
 #define __launch_bounds__(...)
@@ -57,4 +59,5 @@ extern "C" cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { retur
 #undef __CUDA_ARCH__
 namespace cutlass::arch {
 inline int SmId() { return 0; }
+inline int LaneId() { return 0; }
 }  // namespace cutlass::arch
