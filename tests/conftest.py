@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from emulator import Emulator, missing
@@ -16,6 +17,9 @@ settings.load_profile("ci")
 
 # Choices are tested by nominal rates, also on a machine that `lowbit bench --tune` has measured.
 os.environ["LOWBIT_TUNING"] = "off"
+
+# What tests compile stays out of the user's own cache, and is there for the next run of them.
+os.environ["LOWBIT_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / "build" / "objects")
 
 # A shell's background jobs ignore SIGINT and hand that down to every child, where Python then
 # makes no handler: the tests of Ctrl-C would wait for ever.

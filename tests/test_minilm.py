@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -175,7 +176,11 @@ def test_the_whole_script(folder: Path, texts: Path, tmp_path: Path) -> None:
             *("--checkpoint", str(folder), "--sentences", str(texts), "--out", str(out)),
             *("--formats", "int8_row", "int8_row:int8_row", "int4_g32", "int2_g32", "nf4_g64"),
         ],
-        env={"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "80"},
+        env={
+            "PYTHONPATH": str(ROOT / "src"),
+            "COLUMNS": "80",
+            "LOWBIT_CACHE_DIR": os.environ["LOWBIT_CACHE_DIR"],
+        },
         capture_output=True,
         text=True,
         timeout=200,

@@ -270,6 +270,11 @@ def refuse(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
+def test_these_tests_leave_the_users_own_folder_alone():
+    place, _ = objects.directory()
+    assert place == Path(__file__).resolve().parents[1] / "build" / "objects"
+
+
 def test_the_folder_is_the_users_own_unless_named(monkeypatch, tmp_path):
     monkeypatch.delenv("LOWBIT_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
