@@ -19,6 +19,9 @@ SPECS = {
     "int8": Spec(*INT8, "bfloat16", TALL, (2, 1), "Cooperative"),
     "int8 turned": Spec(*INT8, "float16", (64, 32, 128), (1, 1), "Pingpong", turned=True),
     "int8 silu": Spec(*INT8, "bfloat16", TILE, (1, 1), "Pingpong", activation="silu"),
+    "int8 zero points": Spec(*INT8, "bfloat16", TILE, (2, 1), "Pingpong", x_zero="uint8"),
+    "int8 sums": Spec(*INT8, "int32", TILE, (2, 1), "Cooperative", x_zero="int8", turned=True),
+    "float8 out": Spec(*FLOAT8, "float8_e4m3fn", TILE, (2, 1), "Pingpong", fast=True),
     "float8": Spec(*FLOAT8, "bfloat16", TILE, (1, 2), "Pingpong", residual="bfloat16"),
     "float8 fast": Spec(*FLOAT8, "float32", TILE, (2, 1), "Pingpong", fast=True),
 }

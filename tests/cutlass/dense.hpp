@@ -2,9 +2,14 @@
 struct Given {
     int m, n, k, batches, processors, swizzle;  // of the first and second operand
     const std::uint64_t* finish;                // operands of the epilogue, 8 bytes each
+    const std::uint64_t* beside;                // what another family has beside
     std::uint64_t first, second, out, added;
     std::int64_t first_pitch, second_pitch, out_pitch, added_pitch, first_batch, second_batch, out_batch, added_batch;
 };
+
+#ifndef BESIDE
+#define BESIDE(arguments, numbers)
+#endif
 
 template <class Stride> Stride stride(std::int64_t pitch, std::int64_t batch) {
     Stride s{};
@@ -28,6 +33,7 @@ extern "C" int build(const Given& g, void* params, unsigned* grid) {
     a.epilogue.ptr_D = reinterpret_cast<decltype(a.epilogue.ptr_D)>(g.out);
     a.epilogue.dC = stride<typename Kernel::StrideC>(g.added_pitch, g.added_batch);
     a.epilogue.dD = stride<typename Kernel::StrideD>(g.out_pitch, g.out_batch);
+    BESIDE(a, g.beside);
     if (!Kernel::can_implement(a)) return 0;
     set(a.epilogue.thread, g.finish);
     const typename Kernel::Params p = Kernel::to_underlying_arguments(a, nullptr);
