@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lowbit.kernels.cuda.tensor_maps import TensorMap
-from lowbit.kernels.cutlass import elements, epilogue, schedulers
+from lowbit.kernels.cutlass import elements, epilogue, schedulers, streamk
 from lowbit.kernels.cutlass.epilogue import Node
 from lowbit.kernels.cutlass.records import MAP, Layout, Value, pack, record
 from lowbit.kernels.cutlass.schedulers import Tiling
+from lowbit.kernels.cutlass.streamk import Sharing
 
 THREADS = 384
 """Of a block: those that load, and two groups that multiply."""
 SHARED = 227 * 1024
 """Bytes of shared memory: one block has a multiprocessor for itself."""
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int32": 32}
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int32": 32, "float8_e4m3fn": 8}
+_KINDS = {"float8_e4m3fn": "uint8"}  # of descriptors, where it is not the dtype
 _ROW = 128  # bytes of columns that a box takes
 
 
@@ -40,6 +42,11 @@ class Spec:
     """float8: sums stay in the tensor cores' registers over all columns."""
     activation: str | None = None
     residual: str | None = None
+    x_zero: str | None = None
+    """dtype of x's zero points: they are taken off whole sums, by the sums of w's rows."""
+
+    shared: bool = False
+    """Blocks share the columns of tiles."""
 
     @property
     def integral(self) -> bool:
@@ -49,9 +56,22 @@ class Spec:
 
 @lru_cache(maxsize=256)
 def finish(spec: Spec) -> Node:
-    """activation(alpha * x_scale * (w_scale * sum) + bias) + residual."""
+    """activation(alpha * x_scale * (w_scale * sum) + bias) + residual.
+
+    As float8 the result is multiplied by out_scale first; as int32 it is the sum itself.
+    """
     x, w = ("columns", "rows") if spec.turned else ("rows", "columns")
-    scaled = epilogue.compute("cutlass::multiplies", epilogue.along(w, "w_scale"), epilogue.SUM)
+    total = epilogue.SUM
+    if spec.x_zero is not None:
+        zero = epilogue.along(x, "x_zero", spec.x_zero, "int32_t")
+        sums = epilogue.along(w, "w_sum", "int32", "int32_t")
+        whole = {"out": "int32_t", "number": "int32_t"}
+        off = epilogue.compute("cutlass::multiplies", zero, sums, **whole)
+        total = epilogue.compute("cutlass::minus", total, off, **whole)
+    if spec.out == "int32":
+        identity = "cutlass::epilogue::thread::Identity"
+        return epilogue.compute(identity, total, out="int32_t", number="int32_t")
+    scaled = epilogue.compute("cutlass::multiplies", epilogue.along(w, "w_scale"), total)
     # As fma(x_scale, w_scale * sum, 0), which the kernels of the other backends compute.
     scaled = epilogue.compute(
         epilogue.FMA, epilogue.along(x, "x_scale"), scaled, epilogue.scalar("zero")
@@ -67,6 +87,8 @@ def finished(spec: Spec, scaled: Node) -> Node:
         steps.append((f"lb::visitors::{spec.activation}", [None]))
     if spec.residual is not None:
         steps.append(("cutlass::plus", [None, epilogue.source(spec.residual)]))
+    if spec.out == "float8_e4m3fn":
+        steps.append(("cutlass::multiplies", [None, epilogue.scalar("out_scale")]))
     for i, (function, children) in enumerate(steps):
         given = elements.DTYPES[spec.out] if i == len(steps) - 1 else "float"
         scaled = epilogue.compute(
@@ -107,6 +129,9 @@ def written(
     cluster = ", ".join(f"cute::_{each}" for each in (*spec.cluster, 1))
     sum_ = "int32_t" if spec.integral else "float"
     more = "" if spec.activation is None else '#include "cutlass_activation.cuh"\n'
+    if spec.shared:
+        more += '#include "cutlass_streamk.cuh"\n'
+    scheduler = "lb::StreamK" if spec.shared else "cutlass::gemm::PersistentScheduler"
     return f"""#include "cutlass_gemm.cuh"
 {more}using Tile = cute::Shape<{shape}>;
 using Cluster = cute::Shape<{cluster}>;
@@ -124,7 +149,7 @@ using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
     cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{variant}>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<
-    cute::Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>;
+    cute::Shape<int, int, int, int>, Mainloop, Epilogue, {scheduler}>;
 """ + epilogue.KERNEL.format(clusters=", ".join(map(str, (*spec.cluster, 1))))
 
 
@@ -148,7 +173,7 @@ def laid_out(spec: Spec, after: Node, mainloop: Layout) -> Layout:
     )  # fmt: skip
     return record(
         ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", stores),
-        ("hardware", hardware), ("scheduler", schedulers.PERSISTENT),
+        ("hardware", hardware), ("scheduler", streamk.PARAMETERS if spec.shared else schedulers.PERSISTENT),
         *([("workspace", "Q")] if spec.schedule == "Cooperative" else []),
     )  # fmt: skip
 
@@ -179,6 +204,10 @@ class Call:
     residual: Matrices | None = None
     batches: int = 1
     swizzle: int = 1
+    sharing: Sharing | None = None
+    """How blocks share the columns of tiles, where they do; see streamk.parameters."""
+    partial: int = 0
+    locks: int = 0
 
 
 def operands(
@@ -227,14 +256,21 @@ def _codes(codes: Matrices, rows: int, call: Call, box: int, depth: int) -> Tens
 
 
 def _result(spec: Spec, call: Call, given: Matrices, dtype: str) -> TensorMap:
-    rows = 64 if spec.schedule == "Pingpong" else min(128, spec.tile[0])
-    columns = min(32, spec.tile[1])
+    rows, columns = _stored(spec)
     size = _BITS[dtype] // 8
     box = (min(rows, _ROW // size), columns) if spec.turned else (columns, rows)
     return TensorMap(
-        dtype, given.address, (call.n, call.m, call.batches), (given.pitch, given.batch),
-        (*box, 1), box[0] * size,
+        _KINDS.get(dtype, dtype), given.address, (call.n, call.m, call.batches),
+        (given.pitch, given.batch), (*box, 1), box[0] * size,
     )  # fmt: skip
+
+
+def _stored(spec: Spec) -> tuple[int, int]:
+    """Rows and columns of a tile that are written at a time."""
+    if spec.schedule != "Pingpong":
+        return min(128, spec.tile[0]), min(32, spec.tile[1])
+    wide = 64 if _BITS[spec.out] == 8 and spec.tile[1] % 64 == 0 else 32
+    return 64, min(wide, spec.tile[1])
 
 
 def values(spec: Spec, call: Call, processors: int) -> dict[str, Value]:
@@ -248,8 +284,7 @@ def common(spec: Spec, call: Call, processors: int, after: Node) -> dict[str, Va
     first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
     m, n, depth = spec.tile
     added = 0 if spec.residual is None else _BITS[spec.residual] // 8
-    columns = min(32, n)
-    rows = 64 if spec.schedule == "Pingpong" else min(128, m)
+    rows, columns = _stored(spec)
     named = dict(call.finish)
     return {
         "shape.m": first, "shape.n": second, "shape.k": call.k, "shape.l": call.batches,
@@ -259,7 +294,24 @@ def common(spec: Spec, call: Call, processors: int, after: Node) -> dict[str, Va
         "epilogue.bytes": rows * columns * (added or _BITS[spec.out] // 8),
         **{f"epilogue.thread.{path}": named[name] for name, path in after.operands.items()},
         "hardware.processors": processors,
-        **schedulers.persistent("scheduler", tiling(spec, call)),
+        **_scheduled(spec, call),
+    }  # fmt: skip
+
+
+def steps(spec: Spec, call: Call) -> int:
+    """Steps of a tile along the columns."""
+    return -(-call.k // spec.tile[2])
+
+
+def _scheduled(spec: Spec, call: Call) -> dict[str, Value]:
+    if call.sharing is None:
+        return schedulers.persistent("scheduler", tiling(spec, call))
+    return {
+        **streamk.parameters(
+            "scheduler", tiling(spec, call), steps(spec, call), call.sharing, call.partial,
+            call.locks,
+        ),
+        "workspace": call.partial,
     }  # fmt: skip
 
 

@@ -10,6 +10,9 @@ DTYPES = {
     "float16": "cutlass::half_t",
     "bfloat16": "cutlass::bfloat16_t",
     "int32": "int32_t",
+    "int8": "int8_t",
+    "uint8": "uint8_t",
+    "float8_e4m3fn": "cutlass::float_e4m3_t",
 }
 _FLOATS = {
     "float8_e4m3fn": "cutlass::float_e4m3_t",

@@ -10,6 +10,7 @@ from lowbit.kernels.cutlass.records import EMPTY, Layout, record
 
 _FUSION = "cutlass::epilogue::fusion"
 _ROUND = "cutlass::FloatRoundStyle::round_to_nearest"
+_CODES = {"float": "f", "int32_t": "i", "int8_t": "b", "uint8_t": "B"}
 FMA = "cutlass::homogeneous_multiply_add"
 KERNEL = """extern "C" __global__ void __cluster_dims__({clusters})
 __launch_bounds__(Kernel::MaxThreadsPerBlock, Kernel::MinBlocksPerMultiprocessor)
@@ -36,19 +37,18 @@ SUM = Node(f"{_FUSION}::Sm90AccFetch", EMPTY, {})
 """The product."""
 
 
-def along(axis: str, name: str, dtype: str = "float32", default: str = "0.f") -> Node:
+def along(axis: str, name: str, dtype: str = "float32", number: str = "float") -> Node:
     """A vector with a number for each row ("rows") or column of the result, or one for all.
 
-    Operands: `name`, an address, 0 for the default; `name`.step, 1, or 0 where one number is for
-    all; `name`.batch, numbers to the next matrix.
+    Operands: `name`, an address, 0 for the default; `name`.default; `name`.step, 1, or 0 where one
+    number is for all; `name`.batch, numbers to the next matrix. They are computed with as `number`.
     """
-    number = elements.DTYPES[dtype]
+    given = elements.DTYPES[dtype]
     kind, steps = ("Col", "bool, cute::_0") if axis == "rows" else ("Row", "cute::_0, bool")
     stride = f"cute::Stride<{steps}, int64_t>"
-    text = f"{_FUSION}::Sm90{kind}Broadcast<0, Tile, {number}, float, {stride}>"
-    member = "i" if number == "int32_t" else "f"
+    text = f"{_FUSION}::Sm90{kind}Broadcast<0, Tile, {given}, {number}, {stride}>"
     layout = record(
-        ("pointer", "Q"), ("default", "f" if axis == "rows" else member),
+        ("pointer", "Q"), ("default", _CODES[number if axis == "rows" else given]),
         ("steps", record(("step", "?"), ("batch", "q"))),
     )  # fmt: skip
     members = {"": "pointer", ".default": "default", ".step": "steps.step", ".batch": "steps.batch"}
@@ -67,9 +67,9 @@ def source(dtype: str) -> Node:
     return Node(f"{_FUSION}::Sm90SrcFetch<{elements.DTYPES[dtype]}>", EMPTY, {})
 
 
-def compute(function: str, *children: Node, out: str = "float") -> Node:
-    """A function of numbers, element by element, in float32."""
-    name = f"{_FUSION}::Sm90Compute<{function}, {out}, float, {_ROUND}>"
+def compute(function: str, *children: Node, out: str = "float", number: str = "float") -> Node:
+    """A function of numbers, element by element; `number` is what it computes with."""
+    name = f"{_FUSION}::Sm90Compute<{function}, {out}, {number}, {_ROUND}>"
     text = f"{_FUSION}::Sm90EVT<{', '.join([name, *(child.text for child in children)])}>"
     layouts = [*(child.layout for child in children), EMPTY]
     operands = {

@@ -37,7 +37,7 @@ def matrices(draw: st.DrawFn, rows: int, width: int, batches: int, by: int = 16)
 def calls(draw: st.DrawFn, family: ModuleType, spec: dense.Spec) -> Call:
     """Products of a kernel; `family` is the module that it is of."""
     m, batches = draw(st.integers(1, 5000)), draw(st.integers(1, 3))
-    n, k = draw(aligned(1, 20000, 8)), draw(aligned(1, 9000, 16))
+    n, k = draw(aligned(1, 20000, 16)), draw(aligned(1, 9000, 16))
     swizzle = draw(st.sampled_from([1, 2, 4, 8]))
     out, added = (dense._BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
     named = {name: draw(_operand(name)) for name in family.finish(spec).operands}
@@ -53,7 +53,11 @@ def _operand(name: str) -> st.SearchStrategy[float | int]:
         return st.integers(0, 1)
     if name.endswith(".batch"):
         return st.integers(0, 1 << 40)
-    if name.endswith(".default") or name in ("alpha", "zero"):
+    if name == "x_zero.default":
+        return st.integers(0, 100)
+    if name == "w_sum.default":
+        return st.integers(0, 1 << 30)
+    if name.endswith(".default") or name in ("alpha", "zero", "out_scale"):
         return st.floats(width=32, allow_nan=False)
     return aligned(0, 1 << 46, 4)
 
