@@ -21,6 +21,7 @@ from lowbit.testing import (
     gamma,
     random_qarray,
 )
+from lowbit.testing.bounds import Exact
 from lowbit.testing.conformance import single
 
 U = 2.0**-24
@@ -255,3 +256,10 @@ def test_the_bound_is_around_the_exact_product():
     assert (np.abs(nearest - found.value) <= error_bound(x, w.T)).all()
     assert (found.low <= nearest).all()
     assert (nearest <= found.high).all()
+
+
+def test_limits_are_rounded_once():
+    # Through float32 this one became the tie 5.328125, and bfloat16 the even 5.3125 below it.
+    value = np.array([5.328125015])
+    found = Exact(value, np.zeros(1), np.dtype(ml_dtypes.bfloat16), strict=True)
+    assert found.low == found.high == 5.34375
