@@ -131,7 +131,7 @@ def test_blocks_share_the_columns_in_a_fixed_order(gpu, kernel, x, w):
         gpu.seed = seed
         found.append(lb.matmul(left, right.T, kernel=kernel))
         assert_within_bound(found[-1], left, right.T, kernel=kernel)
-    assert problem.device == "cuda:90:64"
+    assert problem.device == "cuda:90:64:plain"
     assert tiles.shares_for(2, 16, 128) == 8
     conformance.same_bits(found[0], found[1])
     conformance.same_bits(found[0], found[2])

@@ -39,7 +39,7 @@ def scale(emulator: Emulator, x, y, n=None, steps=(1, 1), dtype="float") -> None
 
 def test_it_is_a_machine_that_kernels_find(emulator: Emulator):
     machine: Machine = emulator
-    assert machine.device.name == "cuda:90:4"
+    assert machine.device.name == "cuda:90:4:plain"
     with launch.pretending(machine):
         assert launch.machine_of(np.zeros(1)) is machine
     with pytest.raises(TypeError, match="want a CuPy array"):
@@ -189,7 +189,7 @@ def test_launches_that_a_gpu_refuses(emulator: Emulator):
     with pytest.raises(EmulatorError, match="200001 bytes of shared memory, compiled for 200000"):
         f((1,), (1,), (x,), shared_mem=200_001)
     emulator.device = Device(89, 128, plain=True)
-    with pytest.raises(EmulatorError, match="a block of cuda:89:128 has at most 101376"):
+    with pytest.raises(EmulatorError, match="a block of cuda:89:128:plain has at most 101376"):
         f((1,), (1,), (x,), shared_mem=200_000)
 
 
