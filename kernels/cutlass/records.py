@@ -68,6 +68,9 @@ DIVISOR = record(("divisor", "Q"), ("multiplier", "Q"), ("shift", "I"), ("round_
 POWER = record(("divisor", "Q"), ("shift", "I"))
 """cutlass::FastDivmodU64Pow2."""
 
+NARROW = record(("divisor", "i"), ("multiplier", "I"), ("shift", "I"))
+"""cutlass::FastDivmod."""
+
 
 def divisor(name: str, by: int) -> dict[str, Value]:
     """Members of a FastDivmodU64 that divides."""
@@ -84,3 +87,11 @@ def divisor(name: str, by: int) -> dict[str, Value]:
 def power(name: str, by: int) -> dict[str, Value]:
     """Members of a FastDivmodU64Pow2 that divides."""
     return {f"{name}.divisor": by, f"{name}.shift": by.bit_length() - 1}
+
+
+def narrow(name: str, by: int) -> dict[str, Value]:
+    """Members of a FastDivmod that divides."""
+    shift = 31 + (by - 1).bit_length()
+    multiplier, shift = (0, 0) if by == 1 else (-(-(1 << shift) // by) % (1 << 32), shift - 32)
+    numbers = (by, multiplier, shift)
+    return {f"{name}.{m}": v for m, v in zip(NARROW.members, numbers, strict=True)}

@@ -94,13 +94,13 @@ def grid(tiling: Tiling, processors: int) -> tuple[int, int, int]:
     """Blocks to launch: as many as stay, or one for every tile."""
     (m, n), (a, b) = tiling.blocks, tiling.cluster
     total = m * n * tiling.batches
-    staying = processors if a * b == 1 else _resident(processors, a * b)
+    staying = processors if a * b == 1 else resident(processors, a * b)
     if tiling.along_m:
         return min(staying // b, total // b), b, 1
     return a, min(staying // a, total // a), 1
 
 
-def _resident(processors: int, cluster: int) -> int:
+def resident(processors: int, cluster: int) -> int:
     """Blocks that fit at a time, clusters never across graphics processing clusters."""
     whole = max(1, processors // _PER_CLUSTER_OF_SM)
     rest = processors % _PER_CLUSTER_OF_SM if processors >= _PER_CLUSTER_OF_SM else 0

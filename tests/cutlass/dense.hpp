@@ -10,6 +10,9 @@ struct Given {
 #ifndef BESIDE
 #define BESIDE(arguments, numbers)
 #endif
+#ifndef WORKSPACE
+#define WORKSPACE(numbers) nullptr
+#endif
 
 template <class Stride> Stride stride(std::int64_t pitch, std::int64_t batch) {
     Stride s{};
@@ -36,7 +39,7 @@ extern "C" int build(const Given& g, void* params, unsigned* grid) {
     BESIDE(a, g.beside);
     if (!Kernel::can_implement(a)) return 0;
     set(a.epilogue.thread, g.finish);
-    const typename Kernel::Params p = Kernel::to_underlying_arguments(a, nullptr);
+    const typename Kernel::Params p = Kernel::to_underlying_arguments(a, WORKSPACE(g.beside));
     std::memcpy(params, &p, sizeof p);
     const dim3 d = Kernel::get_grid_shape(p);
     grid[0] = d.x, grid[1] = d.y, grid[2] = d.z;
