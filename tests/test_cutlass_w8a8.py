@@ -25,6 +25,10 @@ Array = Any
 DTYPES: dict[str, Any] = {
     "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
 }  # fmt: skip
+X_FORMATS = [
+    "int8_row", "int8_tensor", "int8_row_asym", "uint8_row_asym", "uint8_tensor_asym", "fp8_row",
+    "fp8_tensor",
+]  # fmt: skip
 HOPPER = "cuda:90:132"
 
 
@@ -62,25 +66,29 @@ class Launched:
     def matrix(self, name: str, dtype: Any) -> Array:
         return host.read(self.member(f"{name}.descriptor"), dtype)
 
-    def vector(self, name: str, count: int) -> Array:
+    def vector(self, name: str, count: int, dtype: Any = np.float32) -> Array:
         paths = dense.finish(self.spec).operands
         thread = "epilogue.thread."
         address = self.member(thread + paths[name])
         if not address:
             return np.full(count, self.member(thread + paths[f"{name}.default"]), np.float32)
         step = self.member(thread + paths[f"{name}.step"])
-        return host.memory(address, (count,), (4 * step,), np.float32)
+        size = np.dtype(dtype).itemsize
+        return host.memory(address, (count,), (size * step,), dtype)
 
     def number(self, name: str) -> np.float32:
         return np.float32(self.member("epilogue.thread." + dense.finish(self.spec).operands[name]))
 
-    def compute(self, fmt: str) -> None:
+    def compute(self, x_fmt: str, w_fmt: str) -> None:
         """Write the result where the kernel would."""
         first, second = (self.matrix(f"mainloop.{n}", np.uint8) for n in ("first", "second"))
         x, w = (second, first) if self.spec.turned else (first, second)
-        added = self.spec.residual
+        added, total = self.spec.residual, sums(x_fmt, w_fmt, x, w)
+        if self.spec.x_zero is not None:
+            zero = self.vector("x_zero", len(x), self.spec.x_zero).astype(np.int64)
+            total = total - zero[:, None] * self.vector("w_sum", len(w), np.int32)
         result = finished(
-            sums(fmt, x, w),
+            total,
             self.vector("x_scale", len(x)),
             self.vector("w_scale", len(w)),
             self.number("alpha"),
@@ -92,10 +100,10 @@ class Launched:
         out[...] = result.astype(out.dtype)
 
 
-def sums(fmt: str, x: Array, w: Array) -> Array:
+def sums(x_fmt: str, w_fmt: str, x: Array, w: Array, zero: Any = 0) -> Array:
     """Products of codes: exact in float64, for as many columns as are drawn here."""
-    values = np.array(lb.format(fmt).element.values)
-    return values[x] @ values[w].T
+    left, right = (np.array(lb.format(fmt).element.values) for fmt in (x_fmt, w_fmt))
+    return (left[x] - zero) @ right[w].T
 
 
 def finished(
@@ -119,8 +127,9 @@ def finished(
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
-    fmt = data.draw(st.sampled_from(["int8_row", "int8_tensor", "fp8_row", "fp8_tensor"]))
-    w_fmt = data.draw(st.sampled_from([fmt.replace("tensor", "row"), fmt.replace("row", "tensor")]))
+    fmt = data.draw(st.sampled_from(X_FORMATS))
+    kind = "fp8" if fmt.startswith("fp8") else "int8"
+    w_fmt = data.draw(st.sampled_from([f"{kind}_row", f"{kind}_tensor"]))
     m, n = data.draw(st.integers(1, 300)), 8 * data.draw(st.integers(1, 40))
     k = 16 * data.draw(st.integers(1, 40))
     out_dtype = data.draw(st.sampled_from(sorted(DTYPES)))
@@ -141,16 +150,19 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     epilogue = Epilogue(alpha, bias, activation, residual)
     with launch.pretending(machine):
         run(w)(x, epilogue, out)
-    ((source, grid, argument),) = machine.launched
+    *others, (source, grid, argument) = machine.launched
+    for _, _, (codes, _, _, _, held) in others:
+        held[...] = codes.sum(1)
+    assert len(others) == (x.zeros is not None)
     spec = w8a8.spec_of(p)
     assert source == w8a8.source(spec)
     assert np.prod(grid) <= 132
     assert grid[0] % spec.cluster[0] == grid[1] % spec.cluster[1] == 0
-    Launched(spec, argument).compute(fmt)
+    Launched(spec, argument).compute(fmt, w_fmt)
     scales = [np.broadcast_to(parts.scales[:, 0], len(parts.codes)) for parts in (x, w)]
     codes = (parts.codes.view(np.uint8) for parts in (x, w))
     wanted = finished(
-        sums(fmt, *codes),
+        sums(fmt, w_fmt, *codes, 0 if x.zeros is None else x.zeros.astype(np.float64)),
         scales[0],
         scales[1],
         alpha,
@@ -180,6 +192,7 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "lowbit's own kernels": {"device": "cuda:90:4:plain"},
     "wants 8-bit codes": {"x": "bfloat16"},
     "without zero points": {"w": lb.format("int8_row_asym")},
+    "int8 without": {"x": lb.format("uint8_row")},
     "wants int8": {"w": lb.format("fp8_row")},
     "one float32 scale": {"w": lb.format("int8_row_bf16")},
     "scales must not change": {"w": lb.format("int8_g128")},

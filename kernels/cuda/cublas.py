@@ -167,13 +167,18 @@ def _roundings(p: Problem, dtype: str) -> Roundings:
     )
 
 
+def build(p: Problem) -> Bind:
+    """Bind a product in float32 to weights."""
+    return _bind(p, np.dtype(np.float32))
+
+
 KERNELS = (
     Kernel(
         "matmul.cuda.cublas",
         "cuda",
         accepts=_accepts,
         cost=lambda p: _cost(p, "float32"),
-        build=lambda p: _bind(p, np.dtype(np.float32)),
+        build=build,
         roundings=lambda p: _roundings(p, "float32"),
     ),
     Kernel(

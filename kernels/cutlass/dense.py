@@ -171,9 +171,10 @@ def laid_out(spec: Spec, after: Node, mainloop: Layout) -> Layout:
         ("device", "i"), ("processors", "i"), ("clusters", "i"), ("shape", cluster),
         ("fallback", cluster),
     )  # fmt: skip
+    scheduler = streamk.PARAMETERS if spec.shared else schedulers.PERSISTENT
     return record(
         ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", stores),
-        ("hardware", hardware), ("scheduler", streamk.PARAMETERS if spec.shared else schedulers.PERSISTENT),
+        ("hardware", hardware), ("scheduler", scheduler),
         *([("workspace", "Q")] if spec.schedule == "Cooperative" else []),
     )  # fmt: skip
 
@@ -222,6 +223,14 @@ def operands(
         # Adding -0 changes nothing, not even the sign of a zero.
         ("bias", bias), ("bias.step", 1), ("bias.default", -0.0), ("bias.batch", 0),
         ("alpha", alpha), ("zero", 0.0),
+    )  # fmt: skip
+
+
+def zero_operands(zero: tuple[int, int], sums: int) -> tuple[tuple[str, Value], ...]:
+    """Operands of `finish` for zero points of x: their address and step, that of w's sums."""
+    return (
+        ("x_zero", zero[0]), ("x_zero.step", zero[1]), ("x_zero.default", 0), ("x_zero.batch", 0),
+        ("w_sum", sums), ("w_sum.step", 1), ("w_sum.default", 0), ("w_sum.batch", 0),
     )  # fmt: skip
 
 

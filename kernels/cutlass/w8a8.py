@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.formats import Format, get
+from lowbit.formats import Element, Format, get, reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, emit, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda import compile, cublas, emit, float8, gemm, integer, launch, product
 from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cuda.row_sums import row_sums
 from lowbit.kernels.cutlass import dense, elements, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.library import Shipped
@@ -65,9 +66,10 @@ def spec_with(p: Problem, tile: Tile, *, fast: bool = False) -> Spec:
     x, w = (elements.name(fmt.element) for fmt in (p.x, p.w))
     assert x is not None
     assert w is not None
+    zero = None if p.x.zero is None else reference.zero_dtype(p.x).name
     return Spec(
         x, w, p.out, tile.shape, tile.cluster, tile.schedule, tile.turned, fast, p.activation,
-        p.residual,
+        p.residual, zero,
     )  # fmt: skip
 
 
@@ -105,8 +107,11 @@ def _accepts(family: str, p: Problem) -> str | None:
     if isinstance(p.x, str):
         return f"wants 8-bit codes on both sides, x is {p.x}"
     wanted = ("int8_t",) if family == "int8" else ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
+    shifted = family == "int8" and isinstance(p.x.zero, Element)
     for side in (p.x, p.w):
-        if elements.name(side.element) not in wanted or side.zero is not None or side.bias:
+        known = (*wanted, "uint8_t") if shifted and side is p.x else wanted
+        zero = None if shifted and side is p.x else side.zero
+        if elements.name(side.element) not in known or zero is not None or side.bias:
             kind = "int8" if family == "int8" else "float8_e4m3fn or float8_e5m2"
             return f"wants {kind} without zero points on both sides, got {side.name}"
         rows, _ = side.scale.block
@@ -114,7 +119,7 @@ def _accepts(family: str, p: Problem) -> str | None:
             return f"reads one float32 scale for a row or for all rows, {side.name} has others"
     if segment_of(p) < p.k:
         return f"scales must not change along the columns, they change every {segment_of(p)}"
-    if family == "int8" and integer.longest(p) < p.k:
+    if family == "int8" and _longest(p) < p.k:
         return f"sums of {p.k} columns do not surely fit in int32"
     if p.k % _PIECE:
         return f"rows of {p.k} bytes do not begin at multiples of {_PIECE}"
@@ -126,6 +131,15 @@ def _accepts(family: str, p: Problem) -> str | None:
         spec = spec_with(p, tile, fast=family == "float8_fast")
         return compile.lacking(source(spec), device.capability)
     return None
+
+
+def _longest(p: Problem) -> int:
+    """Columns whose sums of x * w, of x's zero points * w and their difference fit in int32."""
+    assert isinstance(p.x, Format)
+    largest = max(abs(p.x.element.min), abs(p.x.element.max))
+    if isinstance(p.x.zero, Element):
+        largest += max(abs(p.x.zero.min), abs(p.x.zero.max))
+    return int((2**31 - 1) // (largest * max(abs(p.w.element.min), abs(p.w.element.max))))
 
 
 def _cost(family: str, p: Problem) -> float:
@@ -143,7 +157,10 @@ def _build(family: str, p: Problem) -> Bind:
 
 def bind(p: Problem, spec: Spec) -> Bind:
     """Bind an accepted product to weights, by any of its kernels."""
-    otherwise = (integer if spec.integral else gemm).build(p)
+    if spec.x_zero is not None:
+        otherwise = cublas.build(p)
+    else:
+        otherwise = (integer if spec.integral else gemm).build(p)
     named = source(spec)
     processors = launch.parse(p.device).processors
 
@@ -156,6 +173,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
             return raw
         function = machine.function(named)
         w_scale = machine.address(w.scales), int(w.scales.size > 1)
+        sums = None if spec.x_zero is None else row_sums(w.codes.view(np.int8))
 
         @lru_cache(maxsize=1024)
         def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
@@ -173,6 +191,9 @@ def bind(p: Problem, spec: Spec) -> Bind:
             finish = dense.operands(
                 (machine.address(x.scales), int(x.scales.size > 1)), w_scale, epilogue.alpha, bias
             )
+            if sums is not None:
+                zero = machine.address(x.zeros), int(x.zeros.size > 1)
+                finish += dense.zero_operands(zero, machine.address(sums))
             call = Call(p.m, p.n, p.k, left, weight, result, finish, added)
             blocks, handed = arguments(call)
             function(blocks, (dense.THREADS,), (handed,), shared_mem=dense.SHARED)

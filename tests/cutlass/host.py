@@ -70,7 +70,10 @@ def read(descriptor: bytes, dtype: Any) -> np.ndarray[Any, Any]:
 
 
 class Watching(Recorder):
-    """A machine that keeps what it was asked to launch: source, grid, the argument's bytes."""
+    """A machine that keeps what it was asked to launch: source, grid, the argument's bytes.
+
+    Of kernels of lowbit's own, all arguments.
+    """
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
@@ -81,7 +84,7 @@ class Watching(Recorder):
 
         def run(grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
             assert (*block, shared_mem) == (source.threads, source.shared)
-            self.launched.append((source, grid, args[0]))
+            self.launched.append((source, grid, args if source.library is None else args[0]))
 
         return run
 
