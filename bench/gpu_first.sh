@@ -6,7 +6,8 @@
 # PYTHON names the interpreter (default .venv/bin/python, else python3). WHEELS names a folder of
 # wheels for a machine without a network: lowbit's requirements are installed from there, into an
 # environment of the results' folder that sees what the machine has. STEPS names some of the steps
-# (machine tests small memcheck racecheck bench); without it all are run, within half an hour.
+# (machine tests small memcheck racecheck cutlass bench tune); without it all are run, within half
+# an hour.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu}
@@ -53,7 +54,10 @@ step tests 240 "$python" -P -m pytest -q -m gpu -c /dev/null --rootdir . --impor
 step small 120 "$python" -P bench/gpu_small.py
 step memcheck 300 "${sanitize[@]}" --tool memcheck "$python" -P bench/gpu_small.py
 step racecheck 300 "${sanitize[@]}" --tool racecheck "$python" -P bench/gpu_small.py --every 5
+step cutlass 300 "${sanitize[@]}" --tool memcheck "$python" -P -m pytest -q -m gpu -c /dev/null \
+    --rootdir . --import-mode=importlib -p no:cacheprovider tests/test_cutlass_gpu.py
 step bench 600 "$python" -P bench/gpu.py --quick --json "$out/gpu.json"
+step tune 180 "$python" -P bench/tune_cutlass.py --json "$out/tiles.json"
 
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}; logs are in $out"
