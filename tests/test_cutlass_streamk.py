@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import host
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.kernels.cutlass import dense, streamk
-from lowbit.kernels.cutlass.dense import Call, Spec
+from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.schedulers import Tiling
 
 INT8 = "int8_t", "int8_t"
@@ -55,7 +56,26 @@ def drawn(draw: st.DrawFn, spec: Spec, *, few: bool = False) -> Drawn:
 @given(st.data())
 def test_arguments(name: str, data: st.DataObject) -> None:
     spec = SPECS[name]
-    call, processors, mode, splits = data.draw(drawn(spec))
+    compared(spec, data.draw(drawn(spec)))
+
+
+def test_arguments_of_few_tiles() -> None:
+    """Half a wave of tiles, groups of unequal size: what is seldom drawn."""
+    spec = SPECS["clusters"]
+    nothing = Matrices(1 << 40, 1 << 14)
+    finish = dense.operands((0, 0), (0, 0), 1.0, 0)
+    for m, n, steps, processors, mode in product(
+        (1, 2, 4, 6, 10), range(1, 40), (9, 57), (114, 132), (streamk.HEURISTIC, streamk.STREAM_K)
+    ):
+        call = Call(128 * m, 128 * n, 128 * steps, nothing, nothing, nothing, finish)
+        sharing = streamk.shared(dense.tiling(spec, call), steps, processors, mode)
+        call = replace(call, sharing=sharing, partial=1 << 41, locks=1 << 42)
+        compared(spec, Drawn(call, processors, mode, 1))
+
+
+def compared(spec: Spec, asked: Drawn) -> None:
+    """Ours with CUTLASS's."""
+    call, processors, mode, splits = asked
     numbers = MODES.index(mode), splits, call.partial, call.locks
     wanted, grid = theirs(dense, spec, call, processors, "streamk.hpp", lambda first: numbers)
     same(dense.layout(spec), dense.arguments(spec, call, processors, host.recorded), wanted)
