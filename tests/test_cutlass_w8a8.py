@@ -10,46 +10,23 @@ import host
 import ml_dtypes
 import numpy as np
 import pytest
+from computed import DTYPES, aligned, finished, placed, quantized, sums
 from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit as lb
 from lowbit import kernels
-from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
 from lowbit.kernels.cutlass import dense, library, tiles, w8a8
 
 Array = Any
-DTYPES: dict[str, Any] = {
-    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-}  # fmt: skip
+HOPPER = "cuda:90:132"
 X_FORMATS = [
     "int8_row", "int8_tensor", "int8_row_asym", "uint8_row_asym", "uint8_tensor_asym", "fp8_row",
     "fp8_tensor",
 ]  # fmt: skip
-HOPPER = "cuda:90:132"
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Zeros at a multiple of 16 bytes, as a GPU's memory is."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 16, np.uint8)
-    at = -raw.ctypes.data % 16
-    return raw[at : at + size].view(dtype).reshape(shape)
-
-
-def placed(array: Array) -> Array:
-    found = aligned(array.shape, array.dtype)
-    found[...] = array
-    return found
-
-
-def quantized(fmt: str, shape: tuple[int, int], seed: int) -> reference.Packed:
-    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    parts = reference.quantize(lb.format(fmt), values)
-    return replace(parts, codes=placed(parts.codes), scales=placed(parts.scales))
 
 
 @dataclass
@@ -100,29 +77,6 @@ class Launched:
         out[...] = result.astype(out.dtype)
 
 
-def sums(x_fmt: str, w_fmt: str, x: Array, w: Array, zero: Any = 0) -> Array:
-    """Products of codes: exact in float64, for as many columns as are drawn here."""
-    left, right = (np.array(lb.format(fmt).element.values) for fmt in (x_fmt, w_fmt))
-    return (left[x] - zero) @ right[w].T
-
-
-def finished(
-    total: Array,
-    x_scale: Any,
-    w_scale: Any,
-    alpha: Any,
-    bias: Any,
-    activation: str | None,
-    residual: Any,
-) -> Array:
-    """What dense.finish computes, fma in float64, where that rounds no otherwise."""
-    scaled = x_scale[:, None].astype(np.float64) * (w_scale * total.astype(np.float32))
-    result = np.float64(alpha) * scaled.astype(np.float32) + bias
-    result = result.astype(np.float32)
-    result = np.maximum(result, 0) if activation else result
-    return result if residual is None else result + residual.astype(np.float32)
-
-
 @pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
 @settings(deadline=None, max_examples=60)
 @given(st.data())
@@ -160,9 +114,9 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     assert grid[0] % spec.cluster[0] == grid[1] % spec.cluster[1] == 0
     Launched(spec, argument).compute(fmt, w_fmt)
     scales = [np.broadcast_to(parts.scales[:, 0], len(parts.codes)) for parts in (x, w)]
-    codes = (parts.codes.view(np.uint8) for parts in (x, w))
+    left, right = (parts.codes.view(np.uint8) for parts in (x, w))
     wanted = finished(
-        sums(fmt, w_fmt, *codes, 0 if x.zeros is None else x.zeros.astype(np.float64)),
+        sums(fmt, w_fmt, left, right, 0 if x.zeros is None else x.zeros.astype(np.float64)),
         scales[0],
         scales[1],
         alpha,
@@ -197,7 +151,7 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "one float32 scale": {"w": lb.format("int8_row_bf16")},
     "scales must not change": {"w": lb.format("int8_g128")},
     "do not surely fit": {"k": 1 << 18},
-    "rows of 520 bytes": {"k": 520},
+    "rows of 520 columns": {"k": 520},
     "numbers of the result": {"n": 516},
     "numbers of the residual": {"n": 516, "out": "float32", "residual": "bfloat16"},
     "across the contraction axis": {"w_along": False},

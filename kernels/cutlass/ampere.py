@@ -86,6 +86,21 @@ def finish(spec: Spec) -> Node:
     return visitors.store("out", spec.out, scaled)
 
 
+def operands(
+    x_scale: tuple[int, int], w_scale: int, alpha: float, bias: int
+) -> tuple[tuple[str, Value], ...]:
+    """Operands of `finish`, matrices aside: addresses; of x's scales also the step.
+
+    That is 0 where one is for all rows.
+    """
+    return (
+        ("x_scale", x_scale[0]), ("x_scale.step", x_scale[1]), ("x_scale.default", 0.0),
+        ("x_scale.batch", 0), ("w_scale", w_scale), ("w_scale.default", 0.0), ("w_scale.batch", 0),
+        # Adding -0 changes nothing, not even the sign of a zero.
+        ("bias", bias), ("bias.default", -0.0), ("bias.batch", 0), ("alpha", alpha), ("zero", 0.0),
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=256)
 def text(spec: Spec) -> str:
     """C++ of the kernel ``lowbit_gemm``."""

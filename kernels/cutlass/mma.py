@@ -1,0 +1,285 @@
+"""8-bit codes on the tensor cores of GPUs without wgmma: int8, with int4 weights, float8.
+
+The launches of ampere.py. Of float8 the tensor cores keep about 14 bits of a sum, see
+kernels/cuda/float8.py. matmul.cutlass.mma_float8 takes their sums of at most 128 columns over into
+float32; matmul.cutlass.mma_float8_fast lets them add up all columns, and is chosen by name only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from lowbit.formats import Format, get
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda.launch import Machine, Source
+from lowbit.kernels.cutlass import ampere, elements, tiles
+from lowbit.kernels.cutlass.ampere import Spec
+from lowbit.kernels.cutlass.dense import Call, Matrices
+from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.tiles import Tile
+from lowbit.kernels.declare import (
+    ACTIVATION_ERROR,
+    Array,
+    Bind,
+    Epilogue,
+    Kernel,
+    Problem,
+    Roundings,
+    Run,
+    itemsize,
+)
+from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
+
+FASTER = 2.0  # than tensor cores on 16-bit numbers
+_PIECE = 16  # bytes that are copied at a time
+_LONGEST = (2**31 - 1) // 2**14  # columns of int8 whose sums surely fit in int32
+_FLOAT8 = ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A tile, and how warps share it."""
+
+    tile: Tile
+    warp: tuple[int, int]
+    """Rows of x and of w."""
+
+    def __str__(self) -> str:
+        shape, warp = ("x".join(map(str, each)) for each in (self.tile.shape, self.warp))
+        return f"tile {shape}, warps of {warp}"
+
+
+def _way(shape: tuple[int, int, int], warp: tuple[int, int], share: float) -> Way:
+    return Way(Tile(shape, (1, 1), "mma", False, share), warp)
+
+
+# Small tiles first: they are taken where a product waits for memory with any.
+_SMALL = (
+    _way((16, 128, 128), (16, 32), 0.2),
+    _way((32, 128, 128), (32, 32), 0.35),
+    _way((64, 128, 128), (32, 64), 0.6),
+)
+_LARGE = (_way((128, 128, 64), (64, 64), 0.85), _way((256, 128, 64), (64, 64), 0.9))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one kernel multiplies."""
+
+    name: str
+    x: tuple[str, ...]
+    """C++ types of x's codes."""
+    w: tuple[str, ...]
+    words: str
+    together: int
+    """Columns whose codes of either side are whole pieces."""
+    capabilities: tuple[int, ...]
+    ways: tuple[Way, ...]
+
+
+_INTEGERS = (80, 86, 87, 88, 89, 120, 121)
+_INT8 = Family(
+    "mma_int8", ("int8_t",), ("int8_t",), "int8 on both sides", 16, _INTEGERS, _SMALL + _LARGE
+)
+_INT4 = Family(
+    "mma_int4", ("int8_t",), ("cutlass::int4b_t",), "int8 for x and int4 for w", 32, _INTEGERS,
+    _SMALL + _LARGE,
+)  # fmt: skip
+_EXACT = Family(
+    "mma_float8", _FLOAT8, _FLOAT8, "float8_e4m3fn or float8_e5m2 on both sides", 16,
+    # Sums of a tile beside all sums: twice the registers.
+    (89, 120, 121), (*_SMALL, _way((128, 128, 64), (64, 32), 0.75)),
+)  # fmt: skip
+_FAST = replace(_EXACT, name="mma_float8_fast", ways=_SMALL + _LARGE)
+
+
+@lru_cache(maxsize=512)
+def source(spec: Spec) -> Source:
+    """The kernel of a class of products."""
+    return Source(ampere.text(spec), "lowbit_gemm", spec.threads, spec.shared, "cutlass")
+
+
+def shipped(arch: str) -> dict[Source, Shipped]:
+    """Kernels whose machine code comes with the package."""
+    families = {"sm_80": (_INT8, _INT4), "sm_89": (_INT8, _INT4, _EXACT)}
+    found = {}
+    for family in families.get(arch, ()):
+        x, w = {"int8_t": "int8_row"}.get(family.x[0], "fp8_row"), family.w[0]
+        w_format = get("int4_row" if w == "cutlass::int4b_t" else x)
+        p = Problem(1, 8, 32, get(x), w_format, "bfloat16", device=f"cuda:{arch[3:]}:1")
+        for way in family.ways:
+            spec = spec_with(family, p, way)
+            label = f"{family.name} rows -> bfloat16, {way}"
+            found[source(spec)] = Shipped(label, ampere.layout(spec).size)
+    return found
+
+
+def spec_with(family: Family, p: Problem, way: Way) -> Spec:
+    """The kernel that computes a product by some tile."""
+    assert isinstance(p.x, Format)
+    x, w = (elements.name(fmt.element) for fmt in (p.x, p.w))
+    assert x is not None
+    assert w is not None
+    # Multiprocessors of 8.0 have room for four stages, the others for three.
+    stages = 4 if launch.parse(p.device).capability == 80 else 3
+    return Spec(
+        x, w, p.out, way.tile.shape, way.warp, stages, family is _FAST, p.activation, p.residual
+    )
+
+
+def spec_of(family: Family, p: Problem) -> Spec:
+    """The kernel that an accepted product runs."""
+    return spec_with(family, p, _found(family, p))
+
+
+def _best(family: Family, p: Problem) -> Way | None:
+    capability = launch.parse(p.device).capability
+    # Where bits must not depend on the number of rows, neither may the tile.
+    asked = replace(p, m=product.rows_of(p))
+    usable = (
+        way
+        for way in family.ways
+        if compile.lacking(source(spec_with(family, p, way)), capability) is None
+    )
+    return min(usable, key=lambda way: tiles.seconds(asked, way.tile, FASTER), default=None)
+
+
+def _found(family: Family, p: Problem) -> Way:
+    found = _best(family, p)
+    assert found is not None
+    return found
+
+
+def _accepts(family: Family, p: Problem) -> str | None:
+    device = launch.parse(p.device)
+    if device.plain:
+        return "runs on CUTLASS, this device on lowbit's own kernels alone"
+    if device.capability not in family.capabilities:
+        listed = ", ".join(str(c / 10) for c in family.capabilities)
+        return f"runs on compute capabilities {listed}, this is {device.capability / 10}"
+    refusal = refuse_common(p) or product.refuse_sizes(p)
+    if refusal is not None:
+        return refusal
+    if isinstance(p.x, str):
+        return f"wants {family.words}, x is {p.x}"
+    for side, wanted in ((p.x, family.x), (p.w, family.w)):
+        if elements.name(side.element) not in wanted or side.zero is not None or side.bias:
+            return f"wants {family.words}, without zero points, got {side.name}"
+        rows, _ = side.scale.block
+        if rows not in (1, None) or side.tensor_scale or side.scale.element != "float32":
+            return f"reads one float32 scale for a row or for all rows, {side.name} has others"
+    if segment_of(p) < p.k:
+        return f"scales must not change along the columns, they change every {segment_of(p)}"
+    if family.x == ("int8_t",) and p.k > _LONGEST:
+        return f"sums of {p.k} columns do not surely fit in int32"
+    if p.k % family.together:
+        return f"wants rows of a multiple of {family.together} columns, got {p.k}"
+    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
+        if dtype is not None and p.n * itemsize(dtype) % _PIECE:
+            return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
+    if _best(family, p) is None:
+        return compile.lacking(source(spec_with(family, p, family.ways[0])), device.capability)
+    return None
+
+
+def _cost(family: Family, p: Problem) -> float:
+    return tiles.seconds(p, _found(family, p).tile, FASTER)
+
+
+def _describe(family: Family, p: Problem) -> str:
+    way = _found(family, p)
+    return f"{way}, {way.tile.waves(p):g} waves"
+
+
+def _build(family: Family, p: Problem) -> Bind:
+    return bind(p, spec_of(family, p))
+
+
+def bind(p: Problem, spec: Spec) -> Bind:
+    """Bind an accepted product to weights, by any of its kernels."""
+    otherwise = (integer if spec.integral else gemm).build(p)
+    named = source(spec)
+
+    def to(w: Packed) -> Run:
+        machine = launch.machine_of(w.codes)
+        weight = _matrices(machine, w.codes.view(np.uint8))
+        raw: Run = otherwise(w)
+        w_scale = _scales(machine, w.scales, p.n)
+        if not _aligned(weight) or machine.address(w_scale) % _PIECE:
+            return raw
+        function = machine.function(named)
+
+        @lru_cache(maxsize=1024)
+        def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
+            return ampere.grid(spec, call), machine.by_value(bytes(ampere.arguments(spec, call)))
+
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            left = _matrices(machine, product.steady(x.codes.view(np.uint8)))
+            result = _matrices(machine, out)
+            added = None if epilogue.residual is None else _matrices(machine, epilogue.residual)
+            bias = 0 if epilogue.bias is None else machine.address(epilogue.bias)
+            all_of = (left, result, added)
+            if bias % _PIECE or not all(_aligned(each) for each in all_of if each is not None):
+                raw(x, epilogue, out)
+                return
+            finish = ampere.operands(
+                (machine.address(x.scales), int(x.scales.size > 1)), machine.address(w_scale),
+                epilogue.alpha, bias,
+            )  # fmt: skip
+            blocks, handed = arguments(Call(p.m, p.n, p.k, left, weight, result, finish, added))
+            function(blocks, (spec.threads,), (handed,), shared_mem=spec.shared)
+
+        return run
+
+    return to
+
+
+def _scales(machine: Machine, scales: Array, rows: int) -> Array:
+    """One for every row, as kernels read four at a time."""
+    if scales.size > 1:
+        return scales
+    found: Array = machine.empty((rows,), np.float32)
+    found[...] = scales.reshape(1)
+    return found
+
+
+def _matrices(machine: Machine, rows: Array) -> Matrices:
+    return Matrices(machine.address(rows), rows.strides[0])
+
+
+def _aligned(rows: Matrices) -> bool:
+    return rows.address % _PIECE == 0 and rows.pitch % _PIECE == 0
+
+
+def _roundings(family: Family, p: Problem) -> Roundings:
+    if family in (_INT8, _INT4):
+        return integer_roundings(p, p.k)
+    depths = [p.k] if family is _FAST else [way.tile.shape[2] for way in family.ways]
+    longest, segments = min(max(depths), p.k), -(-p.k // min(depths)) + 1
+    return Roundings(
+        "float32",
+        float8.cut(longest) + segments + 2 + FINAL_ROUNDINGS,
+        f"float8 tensor cores over {longest} columns"
+        + ("" if family is _FAST else ", those ascending in float32"),
+        ACTIVATION_ERROR[p.activation],
+    )
+
+
+KERNELS = tuple(
+    Kernel(
+        f"matmul.cutlass.{family.name}",
+        "cuda",
+        accepts=partial(_accepts, family),
+        cost=partial(_cost, family),
+        build=partial(_build, family),
+        roundings=partial(_roundings, family),
+        describe=partial(_describe, family),
+        by_name=family is _FAST,
+    )
+    for family in (_INT8, _INT4, _EXACT, _FAST)
+)
