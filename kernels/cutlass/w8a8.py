@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 
@@ -18,26 +17,23 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, cublas, emit, float8, gemm, integer, launch, product
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cuda.row_sums import row_sums
-from lowbit.kernels.cutlass import dense, elements, tiles
+from lowbit.kernels.cutlass import dense, elements, launcher, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
+from lowbit.kernels.cutlass.launcher import Places
 from lowbit.kernels.cutlass.library import Shipped
 from lowbit.kernels.cutlass.schedulers import grid
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
-    Array,
     Bind,
-    Epilogue,
     Kernel,
     Problem,
     Roundings,
     Run,
-    itemsize,
 )
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
 
 FASTER = 2.0  # than tensor cores on 16-bit numbers
-_PIECE = 16  # bytes that TMA's rows begin at multiples of
 
 
 @lru_cache(maxsize=512)
@@ -121,11 +117,9 @@ def _accepts(family: str, p: Problem) -> str | None:
         return f"scales must not change along the columns, they change every {segment_of(p)}"
     if family == "int8" and _longest(p) < p.k:
         return f"sums of {p.k} columns do not surely fit in int32"
-    if p.k % _PIECE:
-        return f"rows of {p.k} bytes do not begin at multiples of {_PIECE}"
-    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
-        if dtype is not None and p.n * itemsize(dtype) % _PIECE:
-            return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
+    refusal = launcher.refuse_rows(p)
+    if refusal is not None:
+        return refusal
     if _best(family, p) is None:
         tile = tiles.listed(family)[0]
         spec = spec_with(p, tile, fast=family == "float8_fast")
@@ -166,49 +160,27 @@ def bind(p: Problem, spec: Spec) -> Bind:
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
-        codes = w.codes.view(np.uint8)
-        weight = _matrices(machine, codes)
         raw: Run = otherwise(w)
-        if not _aligned(weight):
+        if not launcher.steady(machine, w.codes):
             return raw
-        function = machine.function(named)
+        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
         w_scale = machine.address(w.scales), int(w.scales.size > 1)
         sums = None if spec.x_zero is None else row_sums(w.codes.view(np.int8))
 
-        @lru_cache(maxsize=1024)
-        def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
-            made = dense.arguments(spec, call, processors, machine.encode)
-            return grid(dense.tiling(spec, call), processors), machine.by_value(bytes(made))
-
-        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            left = _matrices(machine, product.steady(x.codes.view(np.uint8)))
-            result = _matrices(machine, out)
-            added = None if epilogue.residual is None else _matrices(machine, epilogue.residual)
-            if not all(_aligned(each) for each in (left, result, added) if each is not None):
-                raw(x, epilogue, out)
-                return
-            bias = 0 if epilogue.bias is None else machine.address(epilogue.bias)
-            finish = dense.operands(
-                (machine.address(x.scales), int(x.scales.size > 1)), w_scale, epilogue.alpha, bias
-            )
+        def argument(at: Places) -> tuple[launcher.Grid, bytearray]:
+            finish = dense.operands((at.x_scale, at.x_step), w_scale, at.alpha, at.bias)
             if sums is not None:
-                zero = machine.address(x.zeros), int(x.zeros.size > 1)
-                finish += dense.zero_operands(zero, machine.address(sums))
-            call = Call(p.m, p.n, p.k, left, weight, result, finish, added)
-            blocks, handed = arguments(call)
-            function(blocks, (dense.THREADS,), (handed,), shared_mem=dense.SHARED)
+                finish += dense.zero_operands((at.x_zero, at.x_step), machine.address(sums))
+            call = Call(
+                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
+                Matrices(at.out, at.out_pitch), finish, Matrices(at.residual, at.residual_pitch),
+            )  # fmt: skip
+            made = dense.arguments(spec, call, processors, machine.encode)
+            return grid(dense.tiling(spec, call), processors), made
 
-        return run
+        return launcher.runner(machine, named, raw, argument)
 
     return to
-
-
-def _matrices(machine: launch.Machine, rows: Array) -> Matrices:
-    return Matrices(machine.address(rows), rows.strides[0])
-
-
-def _aligned(rows: Matrices) -> bool:
-    return rows.address % _PIECE == 0 and rows.pitch % _PIECE == 0
 
 
 def _roundings(family: str, p: Problem) -> Roundings:

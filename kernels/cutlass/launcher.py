@@ -1,0 +1,109 @@
+"""Launches of one kernel on CUTLASS: an argument for every set of addresses, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda.launch import Machine, Source
+from lowbit.kernels.declare import Array, Epilogue, Problem, Run, itemsize
+
+PIECE = 16
+"""Bytes that rows begin at multiples of, where TMA or vectors read them."""
+
+Grid = tuple[int, int, int]
+
+
+class Places(NamedTuple):
+    """What a launch reads and writes beside the weight: addresses, 0 where nothing is there."""
+
+    x: int
+    x_pitch: int
+    """Bytes from a row to the next."""
+    x_scale: int
+    x_step: int
+    """1 where every row has its own scale, 0 where one is for all."""
+    x_zero: int
+    out: int
+    out_pitch: int
+    bias: int
+    residual: int
+    residual_pitch: int
+    alpha: float
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all rows begin at multiples of PIECE."""
+        rows = (
+            self.x | self.x_pitch | self.out | self.out_pitch | self.residual | self.residual_pitch
+        )
+        return rows % PIECE == 0
+
+
+def runner(
+    machine: Machine,
+    source: Source,
+    otherwise: Run,
+    argument: Callable[[Places], tuple[Grid, bytearray]],
+) -> Run:
+    """Return what launches; where rows are not aligned or have gaps, what `otherwise` does."""
+    function, threads, shared = machine.function(source), (source.threads,), source.shared
+    address = machine.address
+
+    @lru_cache(maxsize=2048)
+    def prepared(*places: Any) -> tuple[Grid, tuple[Any]] | None:
+        found = Places(*places)
+        if not found.aligned:
+            return None
+        grid, made = argument(found)
+        return grid, (machine.by_value(bytes(made)),)
+
+    def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+        codes, scale, step, zero = x, 0, 0, 0
+        if isinstance(x, Packed):
+            codes = x.codes
+            scale, step = address(x.scales), int(x.scales.size > 1)
+            zero = 0 if x.zeros is None else address(x.zeros)
+        bias, residual = epilogue.bias, epilogue.residual
+        pitch, along = codes.strides
+        found = None
+        if along == codes.itemsize and pitch >= along * codes.shape[1]:
+            found = prepared(
+                address(codes),
+                pitch,
+                scale,
+                step,
+                zero,
+                address(out),
+                out.strides[0],
+                0 if bias is None else address(bias),
+                0 if residual is None else address(residual),
+                0 if residual is None else residual.strides[0],
+                epilogue.alpha,
+            )
+        if found is None:
+            otherwise(x, epilogue, out)
+        else:
+            function(found[0], threads, found[1], shared_mem=shared)
+
+    return run
+
+
+def steady(machine: Machine, rows: Array) -> bool:
+    """Whether a weight's rows begin at multiples of PIECE."""
+    return (machine.address(rows) | rows.strides[0]) % PIECE == 0
+
+
+def refuse_rows(p: Problem) -> str | None:
+    """Say which rows would not begin at multiples of PIECE, or None."""
+    sides = {"x": 8 * itemsize(p.x) if isinstance(p.x, str) else p.x.element.bits}
+    sides["w"] = p.w.element.bits
+    for side, bits in sides.items():
+        if p.k * bits % (8 * PIECE):
+            return f"rows of {p.k} columns of {side} do not begin at multiples of {PIECE} bytes"
+    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
+        if dtype is not None and p.n * itemsize(dtype) % PIECE:
+            return f"rows of {p.n} numbers of {what} do not begin at multiples of {PIECE} bytes"
+    return None
