@@ -31,6 +31,9 @@ class Places(NamedTuple):
     bias: int
     residual: int
     residual_pitch: int
+    partial: int
+    """Where blocks that share tiles leave their sums; with locks, of the current stream."""
+    locks: int
     alpha: float
 
     @property
@@ -47,8 +50,14 @@ def runner(
     source: Source,
     otherwise: Run,
     argument: Callable[[Places], tuple[Grid, bytearray]],
+    *,
+    partial: int = 0,
+    locks: int = 0,
 ) -> Run:
-    """Return what launches; where rows are not aligned or have gaps, what `otherwise` does."""
+    """Return what launches; where rows are not aligned or have gaps, what `otherwise` does.
+
+    `partial` and `locks` count the words that blocks share, the latter zero between launches.
+    """
     function, threads, shared = machine.function(source), (source.threads,), source.shared
     address = machine.address
 
@@ -81,6 +90,8 @@ def runner(
                 0 if bias is None else address(bias),
                 0 if residual is None else address(residual),
                 0 if residual is None else residual.strides[0],
+                address(machine.scratch(partial)) if partial else 0,
+                address(machine.counters(locks)) if locks else 0,
                 epilogue.alpha,
             )
         if found is None:
