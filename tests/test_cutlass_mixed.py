@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import host
+import numpy as np
 import pytest
-from calls import PROCESSORS, calls, matrices, same, theirs
+from calls import PROCESSORS, built, calls, matrices, same, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lowbit as lb
+from lowbit.formats import codes
 from lowbit.kernels.cutlass import dense, mixed
 from lowbit.kernels.cutlass.mixed import BITS, Call, Spec
 from lowbit.kernels.cutlass.schedulers import grid
@@ -75,3 +79,27 @@ def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
     wanted, blocks = theirs(mixed, spec, call, processors, "mixed.hpp", beside)
     same(mixed.layout(spec), mixed.arguments(spec, call, processors, host.recorded), wanted)
     assert grid(dense.tiling(spec, call), processors) == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"),
+    [("groups", "int4"), ("zeros", "uint4"), ("narrow", "int8"), ("rows", "float8_e4m3fn")],
+)
+def test_codes_lie_in_memory_as_cutlass_counts_them(name: str, fmt: str) -> None:
+    element = lb.format(fmt).element
+    held = np.random.default_rng(1).integers(0, 256, 96, np.uint8)
+    count = len(held) * 8 // element.bits
+    found = np.empty(count, np.float32)
+    built(mixed, SPECS[name], "mixed.hpp").numbers(
+        ctypes.c_void_p(held.ctypes.data), count, ctypes.c_void_p(found.ctypes.data)
+    )
+    values = np.array(element.values, np.float32)
+    np.testing.assert_array_equal(found, values[codes.unpack(held, element.bits, count)])
+
+
+def test_texts_name_what_codes_meet() -> None:
+    text = mixed.text(SPECS["zeros"])
+    assert "cute::tuple<cutlass::uint4b_t, float, float>" in text
+    assert "Weights, cutlass::layout::RowMajor, 32, cutlass::bfloat16_t" in text
+    assert text == mixed.text.__wrapped__(SPECS["zeros"])
+    assert len({mixed.text(spec) for spec in SPECS.values()}) == len(SPECS)

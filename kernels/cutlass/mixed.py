@@ -25,11 +25,12 @@ BITS = {
 """Of a number, by its C++ type."""
 TABLE = "cutlass::Array<cutlass::float_e4m3_t, 8>"
 """In place of a scale: the float8 numbers of int4's codes -8 to -1, whose negatives are those of 8
-to 1; codes say which one, see `tabled` of upcast.py."""
+to 1; codes say which one, see `recoded` of weights.py."""
 _KINDS = {
     "cutlass::bfloat16_t": "bfloat16", "cutlass::half_t": "float16", "float": "float32",
     "int8_t": "uint8",
 }  # fmt: skip
+_NOWHERE = Matrices(0, 0)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Call(dense.Call):
 
     group: int = 0
     """Columns that share a scale: whole tiles, or all there are."""
-    scales: Matrices = Matrices(0, 0)
+    scales: Matrices = _NOWHERE
     """(groups, n): those of all rows side by side."""
-    zeros: Matrices = Matrices(0, 0)
+    zeros: Matrices = _NOWHERE
 
 
 finish = dense.finish

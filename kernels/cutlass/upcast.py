@@ -1,0 +1,328 @@
+"""Weights of fewer bits than x on Hopper's tensor cores, which multiply numbers of x's type.
+
+matmul.cutlass.upcast16: bfloat16 or float16 x. Where scales change along the columns, w's values
+are rounded to bfloat16 on their way, which kernels/cuda/hopper.py does not need.
+matmul.cutlass.upcast_int8: int8 x, exactly.
+matmul.cutlass.upcast_float8: float8 x, whose sums the tensor cores alone add up over all columns;
+chosen by name only. Scales of groups are multiplied into int4's 16 codes beforehand, and rounded to
+float8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from lowbit.formats import Element, Format
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda.launch import Machine, Source
+from lowbit.kernels.cutlass import dense, elements, mixed, tiles, weights
+from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.mixed import TABLE, Call, Spec
+from lowbit.kernels.cutlass.schedulers import grid
+from lowbit.kernels.cutlass.tiles import Tile
+from lowbit.kernels.cutlass.weights import ROOM
+from lowbit.kernels.declare import (
+    ACTIVATION_ERROR,
+    Array,
+    Bind,
+    Epilogue,
+    Kernel,
+    Problem,
+    Roundings,
+    Run,
+    itemsize,
+)
+from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common
+
+_PIECE = 16  # bytes that TMA's rows begin at multiples of
+_TERMS = 16  # of one instruction on 16-bit numbers
+_LARGEST = 448.0  # number of float8_e4m3fn
+_X = {"bfloat16": "cutlass::bfloat16_t", "float16": "cutlass::half_t"}
+_FOURS = "cutlass::int4b_t", "cutlass::uint4b_t"
+_E4M3 = "float8_e4m3fn"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one kernel multiplies."""
+
+    name: str
+    weights: tuple[str, ...]
+    """C++ types of w's codes."""
+    words: str
+    faster: float
+    """Than tensor cores on 16-bit numbers."""
+
+
+_SIXTEEN = Family(
+    "upcast16",
+    (*_FOURS, "int8_t", "cutlass::float_e4m3_t"),
+    "int4, uint4, int8 or float8_e4m3fn",
+    1,
+)
+_INT8 = Family("upcast_int8", _FOURS, "int4 or uint4", 2)
+_FLOAT8 = Family("upcast_float8", _FOURS, "int4 or uint4", 2)
+FAMILIES = _SIXTEEN, _INT8, _FLOAT8
+
+
+@lru_cache(maxsize=512)
+def source(spec: Spec) -> Source:
+    """The kernel of a class of products."""
+    return Source(mixed.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
+
+
+def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
+    """The kernel that computes a product by some tile."""
+    x = _X[p.x] if isinstance(p.x, str) else elements.name(p.x.element)
+    w, (scale, zero) = elements.name(p.w.element), _met(family, p)
+    assert x is not None
+    assert w is not None
+    return Spec(
+        x, w, p.out, tile.shape, tile.cluster, tile.schedule, turned=True, activation=p.activation,
+        residual=p.residual, scale=scale, zero=zero,
+    )  # fmt: skip
+
+
+def _group(p: Problem) -> int:
+    """Columns of w that share a scale."""
+    width = p.w.scale.block[1]
+    return p.k if width is None else min(width, p.k)
+
+
+def _grouped(p: Problem) -> bool:
+    """Whether codes meet their scales before they are added up."""
+    return _group(p) < p.k or p.w.bias or isinstance(p.w.scale.element, Element)
+
+
+def _met(family: Family, p: Problem) -> tuple[str | None, bool]:
+    """C++ type of the numbers that codes meet on their way, and whether addends are among them."""
+    added = p.w.zero is not None or p.w.bias
+    if family is _FLOAT8:
+        return (TABLE if _grouped(p) else None), False
+    if family is _INT8:
+        return ("int8_t", True) if added else (None, False)
+    own = _X[str(p.x)]
+    if not _grouped(p):
+        return (own, True) if added else (None, False)
+    return ("float" if added or p.w.scale.element != p.x else own), added
+
+
+def _best(family: Family, p: Problem) -> Tile | None:
+    capability = launch.parse(p.device).capability
+
+    def usable(tile: Tile) -> bool:
+        return compile.lacking(source(spec_with(family, p, tile)), capability) is None
+
+    # Where bits must not depend on the number of rows, neither may the tile.
+    asked = replace(p, m=product.rows_of(p))
+    return tiles.best(asked, family.name, family.faster, usable)
+
+
+def _tile(family: Family, p: Problem) -> Tile:
+    found = _best(family, p)
+    assert found is not None
+    return found
+
+
+def spec_of(family: Family, p: Problem) -> Spec:
+    """The kernel that an accepted product runs."""
+    return spec_with(family, p, _tile(family, p))
+
+
+def _accepts(family: Family, p: Problem) -> str | None:
+    device = launch.parse(p.device)
+    if device.plain:
+        return "runs on CUTLASS, this device on lowbit's own kernels alone"
+    if device.capability != 90:
+        return f"runs on compute capability 9.0, this is {device.capability / 10}"
+    refusal = refuse_common(p) or product.refuse_sizes(p) or _refuse_x(family, p)
+    if refusal is not None:
+        return refusal
+    if elements.name(p.w.element) not in family.weights:
+        return f"wants weights of {family.words}, got {p.w.name}"
+    refusal = _refuse_scales(family, p) or _refuse_shape(p)
+    if refusal is None and _best(family, p) is None:
+        spec = spec_with(family, p, tiles.listed(family.name)[0])
+        return compile.lacking(source(spec), device.capability)
+    return refusal
+
+
+def _refuse_x(family: Family, p: Problem) -> str | None:
+    if family is _SIXTEEN:
+        return None if p.x in _X else f"wants bfloat16 or float16 x, got {_named(p.x)}"
+    wanted = "int8" if family is _INT8 else "float8_e4m3fn"
+    if isinstance(p.x, str) or p.x.element.name != wanted or p.x.zero is not None or p.x.bias:
+        return f"wants x of {wanted} without zero points, got {_named(p.x)}"
+    (rows, columns), kind = p.x.scale.block, p.x.scale.element
+    if kind != "float32" or p.x.tensor_scale or rows not in (1, None):
+        return f"reads one float32 scale for a row of x or for all rows, {p.x.name} has others"
+    if columns is not None and columns < p.k:
+        return f"scales of x must not change along the columns, they change every {columns}"
+    return None
+
+
+def _named(x: Format | str) -> str:
+    return x if isinstance(x, str) else x.name
+
+
+def _refuse_scales(family: Family, p: Problem) -> str | None:
+    w, grouped, tabled = p.w, _grouped(p), isinstance(p.w.scale.element, Element)
+    if isinstance(w.zero, str):
+        return f"takes off zero points that are whole numbers, {w.name} has others"
+    if family is _FLOAT8 and (w.zero is not None or w.bias):
+        return f"wants no zero points and no block biases, {w.name} has them"
+    if family is _FLOAT8 and grouped:
+        if elements.name(w.element) != _FOURS[0] or getattr(w.scale.element, "name", "") != _E4M3:
+            return f"wants int4 with float8_e4m3fn scales where they are of groups, got {w.name}"
+    elif tabled or w.tensor_scale:
+        return f"reads scales of a float dtype and no second one for all, got {w.name}"
+    if family is _INT8:
+        return f"exact sums meet one scale, {w.name} has more" if grouped else _refuse_numbers(p)
+    if family is _SIXTEEN and grouped and p.x == "float16":
+        return f"products of codes and scales of {w.name} may leave float16's range"
+    depth = 64 if family is _SIXTEEN else 128
+    if _group(p) < p.k and _group(p) % depth:
+        return f"scales must change at multiples of {depth} columns, they change every {_group(p)}"
+    return None
+
+
+def _refuse_numbers(p: Problem) -> str | None:
+    """Why whole numbers of w are not exact on their way, in words; None if they are."""
+    least, most = p.w.element.min, p.w.element.max
+    if isinstance(p.w.zero, Element):
+        least, most = least - p.w.zero.max, most - p.w.zero.min
+        if least < -128 or max(most, -p.w.zero.min) > 127:
+            return f"codes of {p.w.name} less their zero points do not surely fit in int8"
+    if p.k * 128 * max(-least, most) >= 2**31:
+        return f"sums of {p.k} columns do not surely fit in int32"
+    return None
+
+
+def _refuse_shape(p: Problem) -> str | None:
+    bits = {"w": p.w.element.bits, "x": 16 if isinstance(p.x, str) else p.x.element.bits}
+    for side, each in bits.items():
+        if p.k * each % (8 * _PIECE):
+            return f"rows of {p.k} columns of {side} do not begin at multiples of {_PIECE} bytes"
+    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
+        if dtype is not None and p.n * itemsize(dtype) % _PIECE:
+            return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
+    return None
+
+
+def _cost(family: Family, p: Problem) -> float:
+    return tiles.seconds(p, _tile(family, p), family.faster)
+
+
+def _describe(family: Family, p: Problem) -> str:
+    tile = _tile(family, p)
+    return f"{tile}, {tile.waves(p):g} waves"
+
+
+def _build(family: Family, p: Problem) -> Bind:
+    return bind(p, spec_of(family, p))
+
+
+def bind(p: Problem, spec: Spec) -> Bind:
+    """Bind an accepted product to weights, by any of its kernels."""
+    otherwise = (integer if spec.integral else gemm).build(p)
+    named = source(spec)
+    processors = launch.parse(p.device).processors
+
+    def to(w: Packed) -> Run:
+        machine = launch.machine_of(w.codes)
+        raw: Run = otherwise(w)
+        if not _aligned(_matrices(machine, w.codes)):
+            return raw
+        weight = weights.laid(machine, spec.scale, w)
+        codes, scales, zeros = (
+            Matrices(0, 0) if each is None else _matrices(machine, each)
+            for each in (weight.codes, weight.scales, weight.zeros)
+        )
+        function = machine.function(named)
+        w_scale = _vector(machine, weight.row_scales)
+
+        @lru_cache(maxsize=1024)
+        def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
+            made = mixed.arguments(spec, call, processors, machine.encode)
+            return grid(dense.tiling(spec, call), processors), machine.by_value(bytes(made))
+
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            packed = isinstance(x, Packed)
+            left = _matrices(machine, product.steady(x.codes.view(np.uint8) if packed else x))
+            result = _matrices(machine, out)
+            added = None if epilogue.residual is None else _matrices(machine, epilogue.residual)
+            if not all(_aligned(each) for each in (left, result, added) if each is not None):
+                raw(x, epilogue, out)
+                return
+            x_scale = _vector(machine, x.scales if packed else None)
+            bias = 0 if epilogue.bias is None else machine.address(epilogue.bias)
+            finish = dict(dense.operands(x_scale, w_scale, epilogue.alpha * weight.factor, bias))
+            finish |= {"x_scale.default": 1.0, "w_scale.default": 1.0}
+            call = Call(
+                p.m, p.n, p.k, left, codes, result, tuple(finish.items()), added,
+                group=_group(p), scales=scales, zeros=zeros,
+            )  # fmt: skip
+            blocks, handed = arguments(call)
+            function(blocks, (dense.THREADS,), (handed,), shared_mem=dense.SHARED)
+
+        return run
+
+    return to
+
+
+def _vector(machine: Machine, numbers: Array | None) -> tuple[int, int]:
+    """Address and step of scales; 0 where all are 1."""
+    return (0, 0) if numbers is None else (machine.address(numbers), int(numbers.size > 1))
+
+
+def _matrices(machine: Machine, rows: Array) -> Matrices:
+    return Matrices(machine.address(rows), rows.strides[0])
+
+
+def _aligned(rows: Matrices) -> bool:
+    return rows.address % _PIECE == 0 and rows.pitch % _PIECE == 0
+
+
+def _roundings(family: Family, p: Problem) -> Roundings:
+    if family is _INT8:
+        return integer_roundings(p, p.k)
+    grouped, after = _grouped(p), 2 + FINAL_ROUNDINGS
+    if family is _FLOAT8:
+        # Numbers of a table are multiples of 2**-9: where they are small, half of that is lost.
+        lost = _LARGEST * 2.0**-10 * ROOM if grouped else 0.0
+        return Roundings(
+            "float32",
+            float8.cut(p.k) + after,
+            f"float8 tensor cores over {p.k} columns",
+            ACTIVATION_ERROR[p.activation],
+            weight=2.0**-4 * 1.01 if grouped else 0.0,
+            flushed=lost,
+        )
+    # Every instruction cuts its terms and their sum, see kernels/cuda/gemm.py.
+    return Roundings(
+        "float32",
+        2 * (_TERMS + 2) * (-(-p.k // _TERMS) + 2) + after,
+        "tensor cores over 16 columns, those ascending",
+        ACTIVATION_ERROR[p.activation],
+        weight=2.0**-8 + 2.0**-14 if grouped else 0.0,
+    )
+
+
+KERNELS = tuple(
+    Kernel(
+        f"matmul.cutlass.{family.name}",
+        "cuda",
+        accepts=partial(_accepts, family),
+        cost=partial(_cost, family),
+        build=partial(_build, family),
+        roundings=partial(_roundings, family),
+        describe=partial(_describe, family),
+        by_name=family is _FLOAT8,
+    )
+    for family in FAMILIES
+)
