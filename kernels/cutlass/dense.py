@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from lowbit.kernels.cuda.tensor_maps import TensorMap
 from lowbit.kernels.cutlass import elements, epilogue, schedulers, streamk
@@ -17,7 +18,8 @@ THREADS = 384
 """Of a block: those that load, and two groups that multiply."""
 SHARED = 227 * 1024
 """Bytes of shared memory: one block has a multiprocessor for itself."""
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int32": 32, "float8_e4m3fn": 8}
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int32": 32, "float8_e4m3fn": 8}
+"""Of a result's or residual's number."""
 _KINDS = {"float8_e4m3fn": "uint8"}  # of descriptors, where it is not the dtype
 _ROW = 128  # bytes of columns that a box takes
 
@@ -47,6 +49,8 @@ class Spec:
 
     shared: bool = False
     """Blocks share the columns of tiles."""
+    grouped: ClassVar[bool] = False
+    """Groups of rows each have a matrix w; see grouped.py."""
 
     @property
     def integral(self) -> bool:
@@ -73,9 +77,8 @@ def finish(spec: Spec) -> Node:
         return epilogue.compute(identity, total, out="int32_t", number="int32_t")
     scaled = epilogue.compute("cutlass::multiplies", epilogue.along(w, "w_scale"), total)
     # As fma(x_scale, w_scale * sum, 0), which the kernels of the other backends compute.
-    scaled = epilogue.compute(
-        epilogue.FMA, epilogue.along(x, "x_scale"), scaled, epilogue.scalar("zero")
-    )
+    x_scale = epilogue.along(x, "x_scale", pointers=spec.grouped)
+    scaled = epilogue.compute(epilogue.FMA, x_scale, scaled, epilogue.scalar("zero"))
     return finished(spec, scaled)
 
 
@@ -120,11 +123,13 @@ def written(
     layout = "ColumnMajor" if spec.turned else "RowMajor"
     out = elements.DTYPES[spec.out]
     added = "void" if spec.residual is None else elements.DTYPES[spec.residual]
-    at_once = 128 // _BITS[spec.out]
-    added_at_once = at_once if spec.residual is None else 128 // _BITS[spec.residual]
+    at_once = 128 // BITS[spec.out]
+    added_at_once = at_once if spec.residual is None else 128 // BITS[spec.residual]
     if variant is None:
         variant = "FP8FastAccum" if spec.fast else ""
-    stored = "" if spec.schedule == "Pingpong" else "Cooperative"
+    array, pointer, stored = "", "", "" if spec.schedule == "Pingpong" else "Cooperative"
+    if spec.grouped:
+        array, pointer, stored = "PtrArray", "*", spec.schedule
     shape = ", ".join(f"cute::_{each}" for each in spec.tile)
     cluster = ", ".join(f"cute::_{each}" for each in (*spec.cluster, 1))
     sum_ = "int32_t" if spec.integral else "float"
@@ -132,6 +137,14 @@ def written(
     if spec.shared:
         more += '#include "cutlass_streamk.cuh"\n'
     scheduler = "lb::StreamK" if spec.shared else "cutlass::gemm::PersistentScheduler"
+    sizes = "cute::Shape<int, int, int, int>"
+    if spec.grouped:
+        scheduler = "cutlass::gemm::GroupScheduler"
+        sizes = "cutlass::gemm::GroupProblemShape<cute::Shape<int, int, int>>"
+    operands = (
+        f"{codes}, {laid}{pointer}, {each}"
+        for codes, laid, each in zip((first, second), layouts, together, strict=True)
+    )
     return f"""#include "cutlass_gemm.cuh"
 {more}using Tile = cute::Shape<{shape}>;
 using Cluster = cute::Shape<{cluster}>;
@@ -139,17 +152,17 @@ using Finish = {after.text};
 using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
     cutlass::epilogue::collective::EpilogueTileAuto, {sum_}, float,
-    {added}, cutlass::layout::{layout}, {added_at_once},
-    {out}, cutlass::layout::{layout}, {at_once},
-    cutlass::epilogue::TmaWarpSpecialized{stored}, Finish>::CollectiveOp;
+    {added}, cutlass::layout::{layout}{pointer}, {added_at_once},
+    {out}, cutlass::layout::{layout}{pointer}, {at_once},
+    cutlass::epilogue::{array}TmaWarpSpecialized{stored}, Finish>::CollectiveOp;
 {before}using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp,
-    {first}, {layouts[0]}, {together[0]}, {second}, {layouts[1]}, {together[1]}, {sum_},
+    {", ".join(operands)}, {sum_},
     Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<sizeof(Epilogue::SharedStorage)>,
-    cutlass::gemm::KernelTmaWarpSpecialized{spec.schedule}{variant}>::CollectiveOp;
+    cutlass::gemm::Kernel{array}TmaWarpSpecialized{spec.schedule}{variant}>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<
-    cute::Shape<int, int, int, int>, Mainloop, Epilogue, {scheduler}>;
+    {sizes}, Mainloop, Epilogue, {scheduler}>;
 """ + epilogue.KERNEL.format(clusters=", ".join(map(str, (*spec.cluster, 1))))
 
 
@@ -162,19 +175,22 @@ def layout(spec: Spec) -> Layout:
     return laid_out(spec, finish(spec), record(("first", MAP), ("second", MAP), *counts))
 
 
+_CLUSTER = record(*((axis, "I") for axis in "xyz"))
+HARDWARE = record(
+    ("device", "i"), ("processors", "i"), ("clusters", "i"), ("shape", _CLUSTER),
+    ("fallback", _CLUSTER),
+)  # fmt: skip
+"""cutlass::KernelHardwareInfo."""
+
+
 def laid_out(spec: Spec, after: Node, mainloop: Layout) -> Layout:
     """Of the argument of a kernel with these arguments of its main loop."""
     stores = record(("thread", after.layout), ("c", MAP), ("d", MAP), ("bytes", "I"))
     shape = record(*((axis, "i") for axis in "mnkl"))
-    cluster = record(*((axis, "I") for axis in "xyz"))
-    hardware = record(
-        ("device", "i"), ("processors", "i"), ("clusters", "i"), ("shape", cluster),
-        ("fallback", cluster),
-    )  # fmt: skip
     scheduler = streamk.PARAMETERS if spec.shared else schedulers.PERSISTENT
     return record(
         ("mode", "i"), ("shape", shape), ("mainloop", mainloop), ("epilogue", stores),
-        ("hardware", hardware), ("scheduler", scheduler),
+        ("hardware", HARDWARE), ("scheduler", scheduler),
         *([("workspace", "Q")] if spec.schedule == "Cooperative" else []),
     )  # fmt: skip
 
@@ -236,9 +252,32 @@ def zero_operands(zero: tuple[int, int], sums: int) -> tuple[tuple[str, Value], 
 
 def tiling(spec: Spec, call: Call) -> Tiling:
     """Tiles of the result."""
-    first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
-    m, n, _ = spec.tile
-    return Tiling(-(-first // m), -(-second // n), call.batches, spec.cluster, call.swizzle)
+    return _tiling(spec, call.m, call.n, call.batches, call.swizzle)
+
+
+def _tiling(spec: Spec, m: int, n: int, batches: int = 1, swizzle: int = 1) -> Tiling:
+    first, second = (n, m) if spec.turned else (m, n)
+    rows, columns, _ = spec.tile
+    return Tiling(-(-first // rows), -(-second // columns), batches, spec.cluster, swizzle)
+
+
+def sharing(spec: Spec, m: int, n: int, k: int, processors: int) -> Sharing | None:
+    """How blocks share the columns of a product's tiles; None where its kernel's do not."""
+    if not spec.shared:
+        return None
+    return streamk.chosen(_tiling(spec, m, n), -(-k // spec.tile[2]), processors)
+
+
+def words(spec: Spec, m: int, n: int, found: Sharing | None) -> dict[str, int]:
+    """32-bit words that blocks share: where sums wait, and locks."""
+    tiles = 0 if found is None else found.partial(_tiling(spec, m, n))
+    return {"partial": tiles * spec.tile[0] * spec.tile[1], "locks": 2 * tiles}
+
+
+def grid(spec: Spec, call: Call, processors: int) -> tuple[int, int, int]:
+    """Blocks to launch."""
+    chosen = streamk.grid if spec.shared else schedulers.grid
+    return chosen(tiling(spec, call), processors)
 
 
 def maps(spec: Spec, call: Call) -> dict[str, TensorMap]:
@@ -265,8 +304,8 @@ def _codes(codes: Matrices, rows: int, call: Call, box: int, depth: int) -> Tens
 
 
 def _result(spec: Spec, call: Call, given: Matrices, dtype: str) -> TensorMap:
-    rows, columns = _stored(spec)
-    size = _BITS[dtype] // 8
+    rows, columns = stored(spec)
+    size = BITS[dtype] // 8
     box = (min(rows, _ROW // size), columns) if spec.turned else (columns, rows)
     return TensorMap(
         _KINDS.get(dtype, dtype), given.address, (call.n, call.m, call.batches),
@@ -274,11 +313,11 @@ def _result(spec: Spec, call: Call, given: Matrices, dtype: str) -> TensorMap:
     )  # fmt: skip
 
 
-def _stored(spec: Spec) -> tuple[int, int]:
+def stored(spec: Spec) -> tuple[int, int]:
     """Rows and columns of a tile that are written at a time."""
     if spec.schedule != "Pingpong":
         return min(128, spec.tile[0]), min(32, spec.tile[1])
-    wide = 64 if _BITS[spec.out] == 8 and spec.tile[1] % 64 == 0 else 32
+    wide = 64 if BITS[spec.out] == 8 and spec.tile[1] % 64 == 0 else 32
     return 64, min(wide, spec.tile[1])
 
 
@@ -292,15 +331,15 @@ def common(spec: Spec, call: Call, processors: int, after: Node) -> dict[str, Va
     """Members that every kernel's argument has, descriptors aside."""
     first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
     m, n, depth = spec.tile
-    added = 0 if spec.residual is None else _BITS[spec.residual] // 8
-    rows, columns = _stored(spec)
+    added = 0 if spec.residual is None else BITS[spec.residual] // 8
+    rows, columns = stored(spec)
     named = dict(call.finish)
     return {
         "shape.m": first, "shape.n": second, "shape.k": call.k, "shape.l": call.batches,
         "mainloop.bytes": (m + n) * depth,
         "mainloop.bytes_first": m * depth,
         "mainloop.bytes_second": n * depth,
-        "epilogue.bytes": rows * columns * (added or _BITS[spec.out] // 8),
+        "epilogue.bytes": rows * columns * (added or BITS[spec.out] // 8),
         **{f"epilogue.thread.{path}": named[name] for name, path in after.operands.items()},
         "hardware.processors": processors,
         **_scheduled(spec, call),

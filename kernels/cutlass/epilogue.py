@@ -37,16 +37,19 @@ SUM = Node(f"{_FUSION}::Sm90AccFetch", EMPTY, {})
 """The product."""
 
 
-def along(axis: str, name: str, dtype: str = "float32", number: str = "float") -> Node:
+def along(
+    axis: str, name: str, dtype: str = "float32", number: str = "float", *, pointers: bool = False
+) -> Node:
     """A vector with a number for each row ("rows") or column of the result, or one for all.
 
     Operands: `name`, an address, 0 for the default; `name`.default; `name`.step, 1, or 0 where one
     number is for all; `name`.batch, numbers to the next matrix. They are computed with as `number`.
+    With `pointers`, `name` is where the addresses of every matrix's numbers are.
     """
     given = elements.DTYPES[dtype]
     kind, steps = ("Col", "bool, cute::_0") if axis == "rows" else ("Row", "cute::_0, bool")
     stride = f"cute::Stride<{steps}, int64_t>"
-    text = f"{_FUSION}::Sm90{kind}Broadcast<0, Tile, {given}, {number}, {stride}>"
+    text = f"{_FUSION}::Sm90{kind}Broadcast<0, Tile, {given}{'*' * pointers}, {number}, {stride}>"
     layout = record(
         ("pointer", "Q"), ("default", _CODES[number if axis == "rows" else given]),
         ("steps", record(("step", "?"), ("batch", "q"))),

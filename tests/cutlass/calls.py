@@ -39,8 +39,8 @@ def calls(draw: st.DrawFn, family: ModuleType, spec: dense.Spec) -> Call:
     m, batches = draw(st.integers(1, 5000)), draw(st.integers(1, 3))
     n, k = draw(aligned(1, 20000, 16)), draw(aligned(1, 9000, 16))
     swizzle = draw(st.sampled_from([1, 2, 4, 8]))
-    out, added = (dense._BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
-    named = {name: draw(_operand(name)) for name in family.finish(spec).operands}
+    out, added = (dense.BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
+    named = {name: draw(operand(name)) for name in family.finish(spec).operands}
     residual = None if spec.residual is None else draw(matrices(m, n * added, batches))
     return Call(
         m, n, k, draw(matrices(m, k, batches)), draw(matrices(n, k, batches)),
@@ -48,7 +48,8 @@ def calls(draw: st.DrawFn, family: ModuleType, spec: dense.Spec) -> Call:
     )  # fmt: skip
 
 
-def _operand(name: str) -> st.SearchStrategy[float | int]:
+def operand(name: str) -> st.SearchStrategy[float | int]:
+    """A value of an epilogue's operand."""
     if name.endswith(".step"):
         return st.integers(0, 1)
     if name.endswith(".batch"):
@@ -85,7 +86,7 @@ def theirs(
     x, w = (call.x, call.m), (call.w, call.n)
     (first, rows), (second, columns) = (w, x) if spec.turned else (x, w)
     out, added = call.out, call.residual or Matrices(0, 0)
-    size, wide = (dense._BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
+    size, wide = (dense.BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
     handed = struct.pack(
         "<6i2Q4Q8q", rows, columns, call.k, call.batches, processors, call.swizzle,
         ctypes.addressof(finish), ctypes.addressof(beside),
