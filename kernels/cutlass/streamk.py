@@ -30,6 +30,7 @@ HEURISTIC, DATA_PARALLEL, SPLIT_K, STREAM_K = (
 )
 LEAST = 8
 """Steps along the columns that a block takes at least, where CUTLASS shares them."""
+_FEWEST = 4  # where we do
 _GROUPS = 8  # most groups that blocks which share columns are divided into
 
 PARAMETERS = record(
@@ -72,6 +73,12 @@ class Sharing:
     units: int = 0
     groups: int = 1
 
+    @property
+    def most(self) -> int:
+        """Blocks that any tile has."""
+        # A unit may end just after a tile begins, and another one begin just before it ends.
+        return -(-self.units // self.tiles) + 1 if self.tiles else self.splits
+
     def partial(self, tiling: Tiling) -> int:
         """Tiles that hold sums of some of their columns."""
         m, n = tiling.blocks
@@ -83,6 +90,20 @@ def grid(tiling: Tiling, processors: int) -> tuple[int, int, int]:
     a, b = tiling.cluster
     staying = processors if a * b == 1 else resident(processors, a * b)
     return (staying // b, b, 1) if tiling.along_m else (a, staying // a, 1)
+
+
+def chosen(tiling: Tiling, steps: int, processors: int) -> Sharing:
+    """What we choose: as many blocks for every tile, where they nearly fill the GPU.
+
+    That is fewer blocks to a tile than CUTLASS's choice, and they add up one after the other.
+    """
+    (m, n), (across, down, _) = tiling.blocks, grid(tiling, processors)
+    total, wave = m * n * tiling.batches, across * down
+    most = steps // _FEWEST
+    splits = min(wave // total, most)
+    if splits > 1 and (splits == most or 8 * splits * total >= 7 * wave):
+        return shared(tiling, steps, processors, SPLIT_K, splits)
+    return shared(tiling, steps, processors)
 
 
 def shared(

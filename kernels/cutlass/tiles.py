@@ -13,10 +13,13 @@ from functools import cache
 from pathlib import Path
 
 from lowbit.kernels.cuda import costs, launch
+from lowbit.kernels.cutlass import streamk
 from lowbit.kernels.cutlass.schedulers import Tiling, grid
+from lowbit.kernels.cutlass.streamk import Sharing
 from lowbit.kernels.declare import Problem
 
 PATH = Path(__file__).parent / "tiles.json"
+_TURN = 1e-6  # seconds for a block's sums to be added to those of the block before it
 _FILL = 1.5e-6  # seconds until the first tile's columns are there, and the last one's are written
 
 
@@ -31,6 +34,8 @@ class Tile:
     turned: bool
     """w is the first operand."""
     share: float
+    shared: bool = False
+    """Blocks share the columns of tiles, where that fills the GPU better."""
 
     def tiling(self, p: Problem) -> Tiling:
         """Tiles of a product."""
@@ -38,16 +43,31 @@ class Tile:
         m, n, _ = self.shape
         return Tiling(-(-first // m), -(-second // n), 1, self.cluster)
 
+    def sharing(self, p: Problem) -> Sharing:
+        """How blocks share the columns."""
+        if not self.shared:
+            return Sharing()
+        steps = -(-p.k // self.shape[2])
+        return streamk.chosen(self.tiling(p), steps, launch.parse(p.device).processors)
+
+    def blocks(self, p: Problem) -> int:
+        """That a product keeps busy, if the GPU has so many."""
+        (m, n), sharing = self.tiling(p).blocks, self.sharing(p)
+        return max(m * n * sharing.splits, sharing.units)
+
     def waves(self, p: Problem) -> float:
-        """Tiles that each block computes, one after the other."""
-        tiling = self.tiling(p)
-        blocks, (a, b, _) = tiling.blocks, grid(tiling, launch.parse(p.device).processors)
-        return -(-blocks[0] * blocks[1] // (a * b))
+        """Tiles that each block computes, one after the other, or parts of them."""
+        tiling, sharing = self.tiling(p), self.sharing(p)
+        (m, n), on = tiling.blocks, streamk.grid if self.shared else grid
+        a, b, _ = on(tiling, launch.parse(p.device).processors)
+        if sharing.tiles:
+            return (m * n - sharing.tiles) / (a * b) + sharing.tiles / sharing.units
+        return -(-m * n * sharing.splits // (a * b)) / sharing.splits
 
     def __str__(self) -> str:
         shape, cluster = ("x".join(map(str, each)) for each in (self.shape, self.cluster))
-        turned = ", w first" if self.turned else ""
-        return f"tile {shape}, cluster {cluster}, {self.schedule.lower()}{turned}"
+        notes = (", w first" if self.turned else "") + (", shared" if self.shared else "")
+        return f"tile {shape}, cluster {cluster}, {self.schedule.lower()}{notes}"
 
 
 @cache
@@ -65,9 +85,12 @@ def seconds(p: Problem, tile: Tile, faster: float) -> float:
     m, n, _ = tile.shape
     rate = rates.dense * faster * tile.share / device.processors
     computed = tile.waves(p) * 2 * m * n * p.k / rate
-    blocks = tile.tiling(p).blocks
-    moved = p.bytes / (rates.bandwidth * min(1.0, blocks[0] * blocks[1] / device.processors))
-    return costs.LAUNCH + _FILL + max(moved, computed)
+    busy = min(1.0, tile.blocks(p) / device.processors)
+    moved = p.bytes / (rates.bandwidth * busy)
+    sharing = tile.sharing(p)
+    turns = sharing.most - 1
+    added = turns * (_TURN + 8 * m * n * sharing.partial(tile.tiling(p)) / rates.bandwidth)
+    return costs.LAUNCH + _FILL + max(moved, computed) + added
 
 
 def best(p: Problem, family: str, faster: float, usable: Callable[[Tile], bool]) -> Tile | None:

@@ -21,7 +21,6 @@ from lowbit.kernels.cutlass import dense, elements, launcher, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.launcher import Places
 from lowbit.kernels.cutlass.library import Shipped
-from lowbit.kernels.cutlass.schedulers import grid
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
@@ -65,7 +64,7 @@ def spec_with(p: Problem, tile: Tile, *, fast: bool = False) -> Spec:
     zero = None if p.x.zero is None else reference.zero_dtype(p.x).name
     return Spec(
         x, w, p.out, tile.shape, tile.cluster, tile.schedule, tile.turned, fast, p.activation,
-        p.residual, zero,
+        p.residual, zero, tile.shared,
     )  # fmt: skip
 
 
@@ -79,6 +78,9 @@ def _best(family: str, p: Problem) -> Tile | None:
     capability, fast = launch.parse(p.device).capability, family == "float8_fast"
 
     def usable(tile: Tile) -> bool:
+        # More rows are more tiles: fewer blocks share each, and sums add up otherwise.
+        if tile.shared and p.batch_invariant:
+            return False
         return compile.lacking(source(spec_with(p, tile, fast=fast)), capability) is None
 
     # Where bits must not depend on the number of rows, neither may the tile.
@@ -157,6 +159,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
         otherwise = (integer if spec.integral else gemm).build(p)
     named = source(spec)
     processors = launch.parse(p.device).processors
+    sharing = dense.sharing(spec, p.m, p.n, p.k, processors)
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
@@ -174,11 +177,13 @@ def bind(p: Problem, spec: Spec) -> Bind:
             call = Call(
                 p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
                 Matrices(at.out, at.out_pitch), finish, Matrices(at.residual, at.residual_pitch),
+                sharing=sharing, partial=at.partial, locks=at.locks,
             )  # fmt: skip
             made = dense.arguments(spec, call, processors, machine.encode)
-            return grid(dense.tiling(spec, call), processors), made
+            return dense.grid(spec, call, processors), made
 
-        return launcher.runner(machine, named, raw, argument)
+        words = dense.words(spec, p.m, p.n, sharing)
+        return launcher.runner(machine, named, raw, argument, **words)
 
     return to
 
@@ -187,12 +192,13 @@ def _roundings(family: str, p: Problem) -> Roundings:
     if family == "int8":
         return integer_roundings(p, p.k)
     longest = p.k if family == "float8_fast" else float8.LONGEST
-    segments = -(-p.k // longest)
+    segments, most = -(-p.k // longest), _tile(family, p).sharing(p).most
     return Roundings(
         "float32",
-        float8.cut(min(longest, p.k)) + segments + 2 + FINAL_ROUNDINGS,
+        float8.cut(min(longest, p.k)) + segments + most + 1 + FINAL_ROUNDINGS,
         f"float8 tensor cores over {min(longest, p.k)} columns"
-        + (", those ascending in float32" if segments > 1 else ""),
+        + (", those ascending in float32" if segments > 1 else "")
+        + (f", up to {most} shares of them ascending" if most > 1 else ""),
         ACTIVATION_ERROR[p.activation],
     )
 
