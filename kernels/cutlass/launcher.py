@@ -49,13 +49,14 @@ def runner(
     machine: Machine,
     source: Source,
     otherwise: Run,
-    argument: Callable[[Places], tuple[Grid, bytearray]],
+    argument: Callable[[Places], tuple[Grid, bytearray] | None],
     *,
     partial: int = 0,
     locks: int = 0,
 ) -> Run:
-    """Return what launches; where rows are not aligned or have gaps, what `otherwise` does.
+    """Return what launches.
 
+    Where rows are not aligned or have gaps, or `argument` has none, `otherwise` computes.
     `partial` and `locks` count the words that blocks share, the latter zero between launches.
     """
     function, threads, shared = machine.function(source), (source.threads,), source.shared
@@ -64,10 +65,8 @@ def runner(
     @lru_cache(maxsize=2048)
     def prepared(*places: Any) -> tuple[Grid, tuple[Any]] | None:
         found = Places(*places)
-        if not found.aligned:
-            return None
-        grid, made = argument(found)
-        return grid, (machine.by_value(bytes(made)),)
+        made = argument(found) if found.aligned else None
+        return None if made is None else (made[0], (machine.by_value(bytes(made[1])),))
 
     def run(x: Any, epilogue: Epilogue, out: Array) -> None:
         codes, scale, step, zero = x, 0, 0, 0
@@ -114,6 +113,11 @@ def refuse_rows(p: Problem) -> str | None:
     for side, bits in sides.items():
         if p.k * bits % (8 * PIECE):
             return f"rows of {p.k} columns of {side} do not begin at multiples of {PIECE} bytes"
+    return refuse_result(p)
+
+
+def refuse_result(p: Problem) -> str | None:
+    """Say why rows of the result or the residual are not written or read; None if they are."""
     for what, dtype in (("the result", p.out), ("the residual", p.residual)):
         if dtype is not None and p.n * itemsize(dtype) % PIECE:
             return f"rows of {p.n} numbers of {what} do not begin at multiples of {PIECE} bytes"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 
@@ -17,26 +16,24 @@ from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
 from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.cutlass import ampere, elements, tiles
+from lowbit.kernels.cutlass import ampere, elements, launcher, tiles
 from lowbit.kernels.cutlass.ampere import Spec
 from lowbit.kernels.cutlass.dense import Call, Matrices
+from lowbit.kernels.cutlass.launcher import Grid, Places
 from lowbit.kernels.cutlass.library import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
     Array,
     Bind,
-    Epilogue,
     Kernel,
     Problem,
     Roundings,
     Run,
-    itemsize,
 )
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
 
 FASTER = 2.0  # than tensor cores on 16-bit numbers
-_PIECE = 16  # bytes that are copied at a time
 _LONGEST = (2**31 - 1) // 2**14  # columns of int8 whose sums surely fit in int32
 _FLOAT8 = ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
 
@@ -179,9 +176,9 @@ def _accepts(family: Family, p: Problem) -> str | None:
         return f"sums of {p.k} columns do not surely fit in int32"
     if p.k % family.together:
         return f"wants rows of a multiple of {family.together} columns, got {p.k}"
-    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
-        if dtype is not None and p.n * itemsize(dtype) % _PIECE:
-            return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
+    refusal = launcher.refuse_result(p)
+    if refusal is not None:
+        return refusal
     if _best(family, p) is None:
         return compile.lacking(source(spec_with(family, p, family.ways[0])), device.capability)
     return None
@@ -207,34 +204,25 @@ def bind(p: Problem, spec: Spec) -> Bind:
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
-        weight = _matrices(machine, w.codes.view(np.uint8))
         raw: Run = otherwise(w)
         w_scale = _scales(machine, w.scales, p.n)
-        if not _aligned(weight) or machine.address(w_scale) % _PIECE:
+        if not launcher.steady(machine, w.codes) or machine.address(w_scale) % launcher.PIECE:
             return raw
-        function = machine.function(named)
+        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
 
-        @lru_cache(maxsize=1024)
-        def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
-            return ampere.grid(spec, call), machine.by_value(bytes(ampere.arguments(spec, call)))
-
-        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            left = _matrices(machine, product.steady(x.codes.view(np.uint8)))
-            result = _matrices(machine, out)
-            added = None if epilogue.residual is None else _matrices(machine, epilogue.residual)
-            bias = 0 if epilogue.bias is None else machine.address(epilogue.bias)
-            all_of = (left, result, added)
-            if bias % _PIECE or not all(_aligned(each) for each in all_of if each is not None):
-                raw(x, epilogue, out)
-                return
+        def argument(at: Places) -> tuple[Grid, bytearray] | None:
+            if at.bias % launcher.PIECE:
+                return None
             finish = ampere.operands(
-                (machine.address(x.scales), int(x.scales.size > 1)), machine.address(w_scale),
-                epilogue.alpha, bias,
+                (at.x_scale, at.x_step), machine.address(w_scale), at.alpha, at.bias
+            )
+            call = Call(
+                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
+                Matrices(at.out, at.out_pitch), finish, Matrices(at.residual, at.residual_pitch),
             )  # fmt: skip
-            blocks, handed = arguments(Call(p.m, p.n, p.k, left, weight, result, finish, added))
-            function(blocks, (spec.threads,), (handed,), shared_mem=spec.shared)
+            return ampere.grid(spec, call), ampere.arguments(spec, call)
 
-        return run
+        return launcher.runner(machine, named, raw, argument)
 
     return to
 
@@ -246,14 +234,6 @@ def _scales(machine: Machine, scales: Array, rows: int) -> Array:
     found: Array = machine.empty((rows,), np.float32)
     found[...] = scales.reshape(1)
     return found
-
-
-def _matrices(machine: Machine, rows: Array) -> Matrices:
-    return Matrices(machine.address(rows), rows.strides[0])
-
-
-def _aligned(rows: Matrices) -> bool:
-    return rows.address % _PIECE == 0 and rows.pitch % _PIECE == 0
 
 
 def _roundings(family: Family, p: Problem) -> Roundings:
