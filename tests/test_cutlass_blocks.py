@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+from dataclasses import dataclass
+from typing import Any
 
 import host
 import numpy as np
 import pytest
 from calls import PROCESSORS, built, calls, matrices, same, theirs
+from computed import DTYPES, aligned, placed, quantized, sums
+from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.kernels.cutlass import blocks, dense
+import lowbit as lb
+from lowbit import kernels
+from lowbit.formats import reference
+from lowbit.kernels import Epilogue, Problem
+from lowbit.kernels.cuda import launch
+from lowbit.kernels.cutlass import blocks, blockwise, dense, library, tiles
 from lowbit.kernels.cutlass.blocks import Call, Spec
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.schedulers import grid
 
+HOPPER = "cuda:90:132"
 FLOAT8 = "cutlass::float_e4m3_t", "cutlass::float_e4m3_t"
 SPECS = {
     "rows": Spec(*FLOAT8, "bfloat16", (128, 128, 128), (2, 1), "Cooperative", residual="float32"),
@@ -106,3 +117,152 @@ def test_scales_of_a_tile_are_those_of_its_rows(name: str, data: st.DataObject) 
         wanted = held[side][batch, tile * rows // each :, depth][: rows // each]
         assert seen[: len(wanted)].tolist() == wanted.tolist()
         assert (seen[len(wanted) : rows // each] == -1).all()
+
+
+@dataclass
+class Launched:
+    """One launch, computed from nothing but the argument's bytes."""
+
+    spec: Spec
+    argument: bytes
+
+    def member(self, path: str) -> Any:
+        at, code = blocks.layout(self.spec).members[path]
+        return struct.unpack_from("<" + code, self.argument, at)[0]
+
+    def scales(self, side: str, rows: int, each: int) -> Any:
+        """Those of every row, one for 128 columns."""
+        name = f"mainloop.shape_{side}"
+        shape = self.member(f"{name}.rows"), self.member(f"{name}.columns")
+        pitch = 4 * self.member(f"{name}.pitch")
+        address = self.member(f"mainloop.scales_{side}")
+        return host.memory(address, shape, (pitch, 4), np.float32).repeat(each, 0)[:rows]
+
+    def compute(self, x_fmt: str, w_fmt: str) -> None:
+        """Write the result where the kernel would."""
+        spec = self.spec
+        order = ("second", "first") if spec.turned else ("first", "second")
+        x, w = (host.read(self.member(f"mainloop.{s}.descriptor"), np.uint8) for s in order)
+        x_scales = self.scales(order[0], len(x), spec.x_rows)
+        w_scales = self.scales(order[1], len(w), spec.w_rows)
+        thread, paths = "epilogue.thread.", blocks.finish(spec).operands
+        bias: Any = self.member(thread + paths["bias.default"])
+        if self.member(thread + paths["bias"]):
+            bias = host.memory(self.member(thread + paths["bias"]), (len(w),), (4,), np.float32)
+        residual = None
+        if spec.residual is not None:
+            residual = host.read(self.member("epilogue.c.descriptor"), DTYPES[spec.residual])
+        out = host.read(self.member("epilogue.d.descriptor"), DTYPES[spec.out])
+        alpha = self.member(thread + paths["alpha"])
+        result = computed(x_fmt, w_fmt, x, w, x_scales, w_scales, alpha, bias, residual)
+        out[...] = result.astype(out.dtype)
+
+
+def computed(
+    x_fmt: str, w_fmt: str, x: Any, w: Any, x_scales: Any, w_scales: Any, alpha: Any, bias: Any,
+    residual: Any,
+) -> Any:  # fmt: skip
+    """Sums of 128 columns, exact, meet the product of both scales by fma."""
+    total = np.zeros((len(x), len(w)))
+    for i in range(x_scales.shape[1]):
+        columns = slice(128 * i, 128 * i + 128)
+        part = sums(x_fmt, w_fmt, x[:, columns], w[:, columns]).astype(np.float32)
+        scale = x_scales[:, i, None] * w_scales[None, :, i]
+        total = (total + part * scale.astype(np.float64)).astype(np.float32)
+    result = (np.float64(alpha) * total + bias).astype(np.float32)
+    return result if residual is None else result + residual.astype(np.float32)
+
+
+def problem(**changed: Any) -> Problem:
+    """A product of DeepSeek's kind."""
+    given: dict[str, Any] = {
+        "m": 512, "n": 512, "k": 512, "x": lb.format("fp8_g128"), "w": lb.format("fp8_128x128"),
+        "out": "bfloat16", "device": HOPPER,
+    }  # fmt: skip
+    return Problem(**{**given, **changed})
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
+    m, n = data.draw(st.sampled_from([1, 17, 100, 300])), 8 * data.draw(st.integers(1, 50))
+    k = 16 * data.draw(st.integers(1, 40))
+    formats = [
+        data.draw(st.sampled_from([f"fp8_{b}", f"fp8_e5m2_{b}"])) for b in ("g128", "128x128")
+    ]
+    x, w = quantized(formats[0], (m, k), 1), quantized(formats[1], (n, k), 2)
+    out_dtype, added = data.draw(st.sampled_from(sorted(DTYPES))), data.draw(st.booleans())
+    rng = np.random.default_rng(3)
+    bias = placed(rng.standard_normal(n, np.float32)) if data.draw(st.booleans()) else None
+    residual = placed(rng.standard_normal((m, n)).astype(DTYPES[out_dtype])) if added else None
+    p = problem(
+        m=m, n=n, k=k, x=x.format, w=w.format, out=out_dtype, bias=bias is not None,
+        residual=out_dtype if added else None,
+    )  # fmt: skip
+    out, machine = aligned((m, n), DTYPES[out_dtype]), Watching(launch.parse(HOPPER))
+    tile = data.draw(st.sampled_from(tiles.listed(blockwise.FAMILY)))
+    spec = blockwise.spec_with(p, tile)
+    with launch.pretending(machine):
+        run = blockwise.bind(p, spec)(w)  # keeps what it has made of w's scales
+        run(x, Epilogue(-0.75, bias, None, residual), out)
+    ((source, grid_, argument),) = machine.launched
+    assert source == blockwise.source(spec)
+    assert np.prod(grid_) <= 132
+    Launched(spec, argument).compute(*formats)
+    left, right = (parts.codes.view(np.uint8) for parts in (x, w))
+    w_scales = w.scales.repeat(128, 0)[:n]
+    shift = 0 if bias is None else bias
+    wanted = computed(
+        formats[0], formats[1], left, right, x.scales, w_scales, -0.75, shift, residual
+    )
+    np.testing.assert_array_equal(out, wanted.astype(out.dtype))
+    # And that is the product, within what is promised.
+    exact = (
+        reference.dequantize(x).astype(np.float64) @ reference.dequantize(w).astype(np.float64).T
+    )
+    size = np.abs(reference.dequantize(x)).astype(np.float64) @ np.abs(reference.dequantize(w)).T
+    exact = -0.75 * exact + (0 if bias is None else bias)
+    exact = exact if residual is None else exact + residual.astype(np.float64)
+    promised = blockwise.KERNELS[0].roundings(p)
+    assert promised.count < 2**21
+    unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[out_dtype]
+    assert (
+        np.abs(out.astype(np.float64) - exact) <= 1e-3 * size + 2 * unit * np.abs(exact) + 1e-6
+    ).all()
+
+
+REFUSALS: dict[str, dict[str, Any]] = {
+    "capability 9.0": {"device": "cuda:89:128"},
+    "lowbit's own kernels": {"device": "cuda:90:4:plain"},
+    "wants float8 on both": {"x": "bfloat16"},
+    "wants float8_e4m3fn": {"w": lb.format("int8_128x128")},
+    "1 x 128 codes of x": {"x": lb.format("fp8_row")},
+    "128 x 128 codes of w": {"w": lb.format("fp8_g128")},
+    "has others": {"x": lb.format("fp8_g128_bf16")},
+    "rows of 520 columns": {"k": 520},
+    "numbers of the result": {"n": 516},
+    "across the contraction axis": {"w_along": False},
+}
+
+
+@pytest.mark.parametrize("words", REFUSALS)
+def test_what_is_refused_is_said_why(words: str) -> None:
+    (kernel,) = blockwise.KERNELS
+    if library.headers() is not None:
+        assert kernel.accepts(problem()) is None
+    refusal = kernel.accepts(problem(**REFUSALS[words]))
+    assert refusal is not None
+    assert words in refusal
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+def test_products_of_many_rows_go_there() -> None:
+    for m in (128, 512, 8192):
+        found = kernels.choose(problem(m=m, n=4096, k=7168)).kernel
+        assert found.name == "matmul.cutlass.float8_blocks"
+
+
+def test_batch_invariance_keeps_the_tile() -> None:
+    found = {blockwise.spec_of(problem(m=m, batch_invariant=True)) for m in (1, 64, 8192)}
+    assert len(found) == 1

@@ -14,9 +14,12 @@ from calls import PROCESSORS, built, calls, same, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.kernels.cutlass import dense, streamk
+import lowbit as lb
+from lowbit.kernels import Problem
+from lowbit.kernels.cutlass import dense, streamk, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.schedulers import Tiling
+from lowbit.kernels.cutlass.streamk import Sharing
 
 INT8 = "int8_t", "int8_t"
 FLOAT8 = "cutlass::float_e4m3_t", "cutlass::float_e4m3_t"
@@ -179,8 +182,29 @@ def test_workspace_is_no_larger_than_cutlass_wants(name: str, data: st.DataObjec
     assert 4 * m * n * tiles + 8 * tiles <= space(handed)
 
 
-def test_few_tiles_fill_the_gpu() -> None:
-    """16 rows by 4096 of 14336 columns: 32 tiles, 112 steps each, for 132 multiprocessors."""
-    tiling = Tiling(32, 1, 1, (1, 1))
-    assert streamk.shared(tiling, 112, 132) == streamk.Sharing(1, 32, 132)
-    assert streamk.shared(tiling, 112, 128) == streamk.Sharing(4)
+@pytest.mark.parametrize(
+    ("tiles", "steps", "wanted"),
+    [
+        (32, 112, Sharing(4)),  # 16 rows by 4096, 14336 columns
+        (32, 8, Sharing(2)),  # of no fewer than 4 steps
+        (8, 16, Sharing(4)),
+        (48, 112, Sharing(1, 48, 132)),  # two blocks to a tile would leave 36 idle
+        (150, 112, Sharing(1, 150, 132)),
+        (131, 112, Sharing()),
+        (200, 112, Sharing()),
+    ],
+)
+def test_few_tiles_fill_the_gpu(tiles: int, steps: int, wanted: Sharing) -> None:
+    assert streamk.chosen(Tiling(tiles, 1, 1, (1, 1)), steps, 132) == wanted
+
+
+def test_tiles_of_small_products_are_shared() -> None:
+    int8 = lb.format("int8_row")
+    p = Problem(16, 4096, 14336, int8, int8, "bfloat16", device="cuda:90:132")
+    tile = tiles.best(p, "int8", 2.0, lambda tile: True)
+    assert tile is not None
+    assert tile.shared
+    assert tile.waves(p) == 0.25
+    large = tiles.best(replace(p, m=8192), "int8", 2.0, lambda tile: True)
+    assert large is not None
+    assert not large.shared

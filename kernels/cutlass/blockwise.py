@@ -1,0 +1,190 @@
+"""float8 with a scale for 128 columns of x and for 128 x 128 blocks of w, on Hopper's tensor cores.
+
+The tensor cores add up 128 columns (kernels/cuda/float8.py has what they lose); those sums meet the
+product of both scales, and go on, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from lowbit.formats import Format, get
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda import compile, float8, gemm, launch, product
+from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cutlass import blocks, dense, elements, launcher, tiles
+from lowbit.kernels.cutlass.blocks import Call, Spec
+from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.launcher import Grid, Places
+from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.tiles import Tile
+from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Kernel, Problem, Roundings, Run
+from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common
+
+FAMILY = "float8_blocks"
+FASTER = 2.0
+"""Than tensor cores on 16-bit numbers."""
+_X, _W = (1, blocks.DEPTH), (128, blocks.DEPTH)
+_CODES = ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
+_LOST = 57344.0**2 * 2.0**-149  # of a product, where that of both scales is subnormal
+
+
+@lru_cache(maxsize=512)
+def source(spec: Spec) -> Source:
+    """The kernel of a class of products."""
+    return Source(blocks.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
+
+
+def shipped(arch: str) -> dict[Source, Shipped]:
+    """Kernels whose machine code comes with the package."""
+    if arch != "sm_90a":
+        return {}
+    found = {}
+    p = Problem(1, 8, 16, get("fp8_g128"), get("fp8_128x128"), "bfloat16")
+    for tile in tiles.listed(FAMILY):
+        spec = spec_with(p, tile)
+        label = f"float8 g128 x 128x128 -> bfloat16, {tile}"
+        found[source(spec)] = Shipped(label, blocks.layout(spec).size, tile.cluster)
+    return found
+
+
+def spec_with(p: Problem, tile: Tile) -> Spec:
+    """The kernel that computes a product by some tile."""
+    assert isinstance(p.x, Format)
+    x, w = (elements.name(fmt.element) for fmt in (p.x, p.w))
+    assert x is not None
+    assert w is not None
+    # A tile has no part of a block of w: where its rows are fewer, blocks are cut.
+    rows = min(_W[0], tile.shape[0 if tile.turned else 1])
+    return Spec(
+        x, w, p.out, tile.shape, tile.cluster, tile.schedule, tile.turned,
+        activation=p.activation, residual=p.residual, shared=tile.shared, w_rows=rows,
+    )  # fmt: skip
+
+
+def _best(p: Problem) -> Tile | None:
+    capability = launch.parse(p.device).capability
+
+    def usable(tile: Tile) -> bool:
+        # More rows are more tiles: fewer blocks share each, and sums add up otherwise.
+        if tile.shared and p.batch_invariant:
+            return False
+        return compile.lacking(source(spec_with(p, tile)), capability) is None
+
+    # Where bits must not depend on the number of rows, neither may the tile.
+    return tiles.best(replace(p, m=product.rows_of(p)), FAMILY, FASTER, usable)
+
+
+def _tile(p: Problem) -> Tile:
+    found = _best(p)
+    assert found is not None
+    return found
+
+
+def spec_of(p: Problem) -> Spec:
+    """The kernel that an accepted product runs."""
+    return spec_with(p, _tile(p))
+
+
+def _accepts(p: Problem) -> str | None:
+    device = launch.parse(p.device)
+    if device.plain:
+        return "runs on CUTLASS, this device on lowbit's own kernels alone"
+    if device.capability != 90:
+        return f"runs on compute capability 9.0, this is {device.capability / 10}"
+    refusal = refuse_common(p) or product.refuse_sizes(p)
+    if refusal is not None:
+        return refusal
+    if isinstance(p.x, str):
+        return f"wants float8 on both sides, x is {p.x}"
+    for side, name, wanted in ((p.x, "x", _X), (p.w, "w", _W)):
+        if elements.name(side.element) not in _CODES or side.zero is not None or side.bias:
+            return f"wants float8_e4m3fn or float8_e5m2 on both sides, got {side.name}"
+        if side.scale.block != wanted or side.tensor_scale or side.scale.element != "float32":
+            rows, columns = wanted
+            return (
+                f"reads one float32 scale for {rows} x {columns} codes of {name}, {side.name} has "
+                "others"
+            )
+    if max(p.m, p.n) * -(-p.k // blocks.DEPTH) >= 2**31:
+        return "counts scales up to 2**31"
+    refusal = launcher.refuse_rows(p)
+    if refusal is None and _best(p) is None:
+        spec = spec_with(p, tiles.listed(FAMILY)[0])
+        return compile.lacking(source(spec), device.capability)
+    return refusal
+
+
+def _cost(p: Problem) -> float:
+    return tiles.seconds(p, _tile(p), FASTER)
+
+
+def _describe(p: Problem) -> str:
+    tile = _tile(p)
+    return f"{tile}, {tile.waves(p):g} waves"
+
+
+def _build(p: Problem) -> Bind:
+    return bind(p, spec_of(p))
+
+
+def bind(p: Problem, spec: Spec) -> Bind:
+    """Bind an accepted product to weights, by any of its kernels."""
+    otherwise, named = gemm.build(p), source(spec)
+    processors, pitch = launch.parse(p.device).processors, 4 * -(-p.k // blocks.DEPTH)
+    sharing = dense.sharing(spec, p.m, p.n, p.k, processors)
+
+    def to(w: Packed) -> Run:
+        machine = launch.machine_of(w.codes)
+        raw: Run = otherwise(w)
+        if not launcher.steady(machine, w.codes):
+            return raw
+        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
+        scales: Any = w.scales
+        if spec.w_rows < _W[0]:
+            scales = scales.repeat(_W[0] // spec.w_rows, 0)
+
+        def argument(at: Places) -> tuple[Grid, bytearray]:
+            call = Call(
+                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
+                Matrices(at.out, at.out_pitch), blocks.operands(at.alpha, at.bias),
+                Matrices(at.residual, at.residual_pitch), sharing=sharing, partial=at.partial,
+                locks=at.locks,
+                x_scales=Matrices(at.x_scale, pitch),
+                w_scales=Matrices(machine.address(scales), pitch),
+            )  # fmt: skip
+            made = blocks.arguments(spec, call, processors, machine.encode)
+            return dense.grid(spec, call, processors), made
+
+        words = dense.words(spec, p.m, p.n, sharing)
+        return launcher.runner(machine, named, raw, argument, **words)
+
+    return to
+
+
+def _roundings(p: Problem) -> Roundings:
+    columns = min(p.k, float8.LONGEST)
+    segments, most = -(-p.k // blocks.DEPTH), _tile(p).sharing(p).most
+    return Roundings(
+        "float32",
+        float8.cut(columns) + segments + most + FINAL_ROUNDINGS,
+        f"float8 tensor cores over {columns} columns, those ascending by fma"
+        + (f", up to {most} shares of them ascending" if most > 1 else ""),
+        ACTIVATION_ERROR[p.activation],
+        flushed=_LOST,
+    )
+
+
+KERNELS = (
+    Kernel(
+        "matmul.cutlass.float8_blocks",
+        "cuda",
+        accepts=_accepts,
+        cost=_cost,
+        build=_build,
+        roundings=_roundings,
+        describe=_describe,
+    ),
+)
