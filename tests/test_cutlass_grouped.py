@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import dataclass, replace
 from typing import Any
 
 import host
 import numpy as np
 import pytest
 from calls import PROCESSORS, aligned, built, operand, same
+from computed import DTYPES, finished, placed, quantized, sums
+from computed import aligned as aligned_zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lowbit as lb
+from lowbit.formats import reference
+from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import dense, grouped
+from lowbit.kernels.cutlass import dense, grouped, library
+from lowbit.kernels.cutlass import experts as experts_of
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.grouped import Call, Rows, Spec
 
+HOPPER = "cuda:90:132"
 INT8 = "int8_t", "int8_t"
 FLOAT8 = "cutlass::float_e4m3_t", "cutlass::float_e4m3_t"
 SPECS = {
@@ -79,28 +87,22 @@ def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("most", [0, 24])
+@pytest.mark.parametrize(("most", "counted"), [(0, "int64"), (24, "int32")])
 @pytest.mark.parametrize("step", [0, 1])
-def test_the_gpu_writes_the_table(emulator: Any, turned: bool, most: int, step: int) -> None:
+def test_the_gpu_writes_the_table(
+    emulator: Any, turned: bool, most: int, counted: str, step: int
+) -> None:
     """Rows of each group: sorted ones by where they end, or counts of a room for 24."""
     rng, groups, n, k = np.random.default_rng(7), 300, 640, 512
     counts = rng.integers(0, 30, groups)
     ends = np.cumsum(counts)
     starts = most * np.arange(groups) if most else ends - counts
-    table = np.full(grouped.table_bytes(groups) // 8 + 1, 7, np.uint64)
     spec = Spec(*INT8, "bfloat16", (64, 16, 128), (1, 1), "Pingpong", turned=turned)
-    source, numbers = grouped.setup(spec)
     rows = Rows(
-        groups, most, n, k, Matrices(1 << 41, 528, n * 528), Matrices(1 << 42, 512),
-        Matrices(1 << 43, 2 * n + 16), 1 << 44, step,
+        groups, most, int(ends[-1]), n, k, Matrices(1 << 41, 528, n * 528),
+        Matrices(1 << 42, 512), Matrices(1 << 43, 2 * n + 16), 1 << 44, step,
     )  # fmt: skip
-    with launch.pretending(emulator):
-        emulator.function(source)(
-            (-(-groups // grouped.SETUP),),
-            (grouped.SETUP,),
-            ((counts if most else ends).astype(np.int32), *numbers(rows), table),
-        )
-    columns = table[: 7 * groups].reshape(7, groups).astype(np.int64)
+    columns, shapes = table(emulator, spec, rows, (counts if most else ends).astype(counted))
     np.testing.assert_array_equal(columns[0], (1 << 41) + np.arange(groups) * n * 528)
     np.testing.assert_array_equal(columns[1], (1 << 42) + 512 * starts)
     np.testing.assert_array_equal(columns[2], (1 << 43) + (2 * n + 16) * starts)
@@ -108,8 +110,162 @@ def test_the_gpu_writes_the_table(emulator: Any, turned: bool, most: int, step: 
     assert (columns[4] == 528).all()
     assert (columns[5] == 512).all()
     assert (columns[6] == n + 8).all()
-    shapes = table[7 * groups :].view(np.int32)[: 3 * groups].reshape(groups, 3)
     sizes = np.minimum(counts, most) if most else counts
     all_n, all_k = np.full(groups, n), np.full(groups, k)
     wanted = (all_n, sizes, all_k) if turned else (sizes, all_n, all_k)
     np.testing.assert_array_equal(shapes, np.stack(wanted, 1))
+
+
+def table(emulator: Any, spec: Spec, rows: Rows, given: Any) -> tuple[Any, Any]:
+    """Columns and sizes that the GPU writes."""
+    groups = rows.groups
+    written = np.full(grouped.table_bytes(groups) // 8 + 1, 7, np.uint64)
+    source, numbers = grouped.setup(spec, given.dtype.name)
+    blocks = (-(-groups // grouped.SETUP),)
+    with launch.pretending(emulator):
+        emulator.function(source)(blocks, (grouped.SETUP,), (given, *numbers(rows), written))
+    columns = written[: 7 * groups].reshape(7, groups).astype(np.int64)
+    shapes = written[7 * groups :].view(np.int32)[: 3 * groups].reshape(groups, 3)
+    return columns, shapes
+
+
+@pytest.mark.parametrize("most", [0, 5])
+def test_wrong_numbers_of_rows_reach_no_other_memory(emulator: Any, most: int) -> None:
+    spec = Spec(*INT8, "bfloat16", (64, 16, 128), (1, 1), "Pingpong")
+    one = Matrices(0, 1)
+    rows = Rows(6, most, 30, 8, 16, one, one, Matrices(0, 2), 0)
+    given = np.array([-7, 12, 9, 10**12, -(10**12), 10**6])
+    columns, shapes = table(emulator, spec, rows, given)
+    starts, sizes = columns[1], shapes[:, 0]
+    assert (starts >= 0).all()
+    assert (sizes >= 0).all()
+    assert (starts + sizes <= 30).all()
+
+
+class Machine(host.Watching):
+    """Runs the kernel that writes tables, keeps what is launched after it."""
+
+    def __init__(self, device: launch.Device, emulator: Any) -> None:
+        super().__init__(device)
+        self.emulator = emulator
+        self.memory = placed(np.zeros(1 << 20, np.int32))
+
+    def function(self, source: launch.Source) -> Any:
+        if source.library is None:
+            return self.emulator.function(source)
+        return super().function(source)
+
+    def scratch(self, count: int) -> Any:
+        assert count <= self.memory.size
+        return self.memory
+
+
+@dataclass
+class Launched:
+    """One launch, computed group by group from nothing but the argument's bytes."""
+
+    spec: Spec
+    argument: bytes
+
+    def member(self, path: str) -> Any:
+        at, code = grouped.layout(self.spec).members[path]
+        return struct.unpack_from("<" + code, self.argument, at)[0]
+
+    def numbers(self, path: str, count: int) -> Any:
+        return host.memory(self.member(path), (count,), (8,), np.int64)
+
+    def operand(self, name: str) -> Any:
+        return self.member(f"epilogue.thread.{dense.finish(self.spec).operands[name]}")
+
+    def vector(self, address: int, name: str, count: int) -> Any:
+        if not address:
+            return np.full(count, self.operand(f"{name}.default"), np.float32)
+        return host.memory(address, (count,), (4 * self.operand(f"{name}.step"),), np.float32)
+
+    def compute(self, fmt: str) -> None:
+        """Write the result where the kernel would."""
+        groups, spec = self.member("shape.groups"), self.spec
+        shapes = host.memory(self.member("scheduler.shape.shapes"), (groups, 3), (12, 4), np.int32)
+        firsts, seconds = (self.numbers(f"mainloop.{s}", groups) for s in ("firsts", "seconds"))
+        pitches = [self.numbers(f"mainloop.{s}_pitches", groups) for s in ("first", "second")]
+        outs, out_pitch = (self.numbers(f"epilogue.{s}", groups) for s in ("ds", "d_pitches"))
+        x_scales = self.numbers(f"epilogue.thread.{dense.finish(spec).operands['x_scale']}", groups)
+        for e, (rows, columns, k) in enumerate(shapes):
+            if rows == 0 or columns == 0:
+                continue
+            sides = (
+                host.memory(int(firsts[e]), (rows, k), (int(pitches[0][e]), 1), np.uint8),
+                host.memory(int(seconds[e]), (columns, k), (int(pitches[1][e]), 1), np.uint8),
+            )
+            x, w = sides[::-1] if spec.turned else sides
+            scale, bias = (
+                self.operand(name) + 4 * e * self.operand(f"{name}.batch")
+                if self.operand(name)
+                else 0
+                for name in ("w_scale", "bias")
+            )
+            result = finished(
+                sums(fmt, fmt, x, w), self.vector(int(x_scales[e]), "x_scale", len(x)),
+                self.vector(scale, "w_scale", len(w)), self.operand("alpha"),
+                self.vector(bias, "bias", len(w)), spec.activation, None,
+            )  # fmt: skip
+            dtype = np.dtype(DTYPES[spec.out])
+            pitch = int(out_pitch[e]) * dtype.itemsize
+            out = host.memory(int(outs[e]), (len(x), len(w)), (pitch, dtype.itemsize), dtype)
+            out[...] = result.astype(dtype)
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize("mean", [3, 20, 50, 150, 220])
+@pytest.mark.parametrize("fmt", ["int8_row", "fp8_row", "fp8_tensor"])
+def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: int) -> None:
+    rng, experts, n, k = np.random.default_rng(mean), 5, 72, 160
+    counts = rng.multinomial(experts * mean, [0.4, 0.0, 0.3, 0.2, 0.1])
+    ends = np.cumsum(counts)
+    x, w = quantized(fmt, (int(ends[-1]), k), 1), stacked(fmt, (experts, n, k))
+    bias = placed(rng.standard_normal((experts, n), np.float32)) if mean % 2 else None
+    p = Problem(
+        int(ends[-1]), n, k, x.format, w.format, "bfloat16", bias is not None, device=HOPPER
+    )  # fmt: skip
+    assert experts_of.refuse(p, experts) is None
+    machine, out = (
+        Machine(launch.parse(HOPPER), emulator),
+        aligned_zeros((p.m, n), DTYPES["bfloat16"]),
+    )
+    with launch.pretending(machine):
+        run = experts_of.bind(p, experts)(w)
+        assert run(x, ends, Epilogue(0.5, bias), out)
+        ((source, blocks, argument),) = machine.launched
+        spec = experts_of.spec_of(p, experts)
+        assert source == experts_of.source(spec)
+        assert blocks == (132, 1, 1)
+        Launched(spec, argument).compute(fmt)
+    scale = np.broadcast_to(x.scales[:, 0], p.m)
+    for e, start in enumerate(ends - counts):
+        rows = slice(start, ends[e])
+        wanted = finished(
+            sums(fmt, fmt, x.codes.view(np.uint8)[rows], w.codes.view(np.uint8)[e]), scale[rows],
+            np.broadcast_to(w.scales[e, :, 0], n), 0.5, 0 if bias is None else bias[e], None, None,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out[rows], wanted.astype(out.dtype))
+
+
+def stacked(fmt: str, shape: tuple[int, int, int]) -> Any:
+    """A stack of weights."""
+    values = np.random.default_rng(2).standard_normal(shape, np.float32)
+    parts = reference.quantize(lb.format(fmt), values)
+    return replace(parts, codes=placed(parts.codes), scales=placed(parts.scales))
+
+
+def test_what_is_refused_is_said_why() -> None:
+    fmt = lb.format("int8_row")
+    p = Problem(64, 64, 64, fmt, fmt, "bfloat16", device=HOPPER)
+    for changed, words in (
+        ({"device": "cuda:80:108"}, "capability 9.0"),
+        ({"residual": "bfloat16"}, "no residual"),
+        ({"x": lb.format("int8_row_asym")}, "no zero points"),
+        ({"w": lb.format("int8_g32")}, "scales must not change"),
+    ):
+        refusal = experts_of.refuse(replace(p, **changed), 8)
+        assert refusal is not None
+        assert words in refusal

@@ -33,6 +33,8 @@ from lowbit.kernels.cutlass.schedulers import resident
 
 SETUP = 128
 """Threads of a block that writes tables."""
+COUNTS = {"int32": "int", "int64": "long long"}
+"""C++ types of numbers of rows."""
 _MAP = 128  # bytes of a descriptor
 _COLUMNS = ("w", "x", "out", "x_scale", "w_pitch", "x_pitch", "out_pitch")
 
@@ -76,6 +78,8 @@ class Rows:
     groups: int
     most: int
     """Rows that every group has room for; 0: rows of all groups follow each other."""
+    total: int
+    """Rows of x."""
     n: int
     k: int
     w: Matrices
@@ -88,15 +92,16 @@ class Rows:
     """0: one is for all rows."""
 
 
-def setup(spec: Spec) -> tuple[Source, Callable[[Rows], tuple[Any, ...]]]:
+def setup(spec: Spec, counts: str) -> tuple[Source, Callable[[Rows], tuple[Any, ...]]]:
     """The kernel that writes tables, a thread for each group, and its arguments.
 
-    They stand between the numbers of rows, int32 (groups,), and the table.
+    They stand between the numbers of rows (groups,), whose dtype is `counts`, and the table.
     """
-    name = f"lb::groups<{str(spec.turned).lower()}>"
+    name = f"lb::groups<{str(spec.turned).lower()}, {COUNTS[counts]}>"
 
     def numbers(each: Rows) -> tuple[Any, ...]:
-        small = (np.int32(v) for v in (each.groups, each.most, each.n, each.k))
+        sizes = each.groups, each.most, each.total, each.n, each.k
+        small = (np.int32(v) for v in sizes)
         w, x, out = each.w, each.x, each.out
         return (
             *small, np.uint64(w.address), np.int64(w.pitch), np.int64(w.batch),

@@ -1,0 +1,126 @@
+"""Products of a mixture of experts in one launch on Hopper, int8 and float8.
+
+What kernels/cutlass/w8a8.py multiplies, here by a stack of weights: rows sorted by expert and where
+each one's end, or a room of as many rows for each expert and how many are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any
+
+from lowbit.formats.reference import Packed
+from lowbit.kernels.cuda import compile, emit, launch, product
+from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cutlass import dense, grouped, launcher, w8a8
+from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.grouped import Call, Rows, Spec
+from lowbit.kernels.cutlass.tiles import Tile
+from lowbit.kernels.declare import Array, Epilogue, Problem
+
+Run = Callable[[Packed, Array, Epilogue, Array], bool]
+"""run(x, rows, epilogue, out): rows as `grouped.Rows` has them; bias (experts, n). False: memory is
+not as TMA wants it, nothing was launched."""
+
+_SMALL = ((16, (64, 16, 128)), (32, (64, 32, 128)), (64, (64, 64, 128)))
+"""Rows of an expert up to which a tile, w first, is taken."""
+_LARGE = 192  # rows from which two groups of warps share a tile
+_WORDS = 128  # bytes that what is in scratch memory is aligned to
+
+
+@lru_cache(maxsize=512)
+def source(spec: Spec) -> Source:
+    """The kernel of a class of products."""
+    return Source(grouped.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
+
+
+def spec_of(p: Problem, experts: int) -> Spec:
+    """The kernel of p.m rows that experts share."""
+    # Where bits must not depend on the number of rows, neither may the tile.
+    rows = product.rows_of(p) if p.batch_invariant else p.m / experts
+    shape = next((shape for most, shape in _SMALL if rows <= most), None)
+    if shape is not None:
+        tile = Tile(shape, (1, 1), "Pingpong", True, 1.0)
+    elif rows < _LARGE:
+        tile = Tile((64, 128, 128), (1, 1), "Pingpong", False, 1.0)
+    else:
+        # Pingpong has two sums of float8 for every number, and spills.
+        schedule = "Pingpong" if emit.whole(p.w.element) else "Cooperative"
+        tile = Tile((128, 128, 128), (1, 1), schedule, False, 1.0)
+    found = w8a8.spec_with(p, tile)
+    return Spec(**{each.name: getattr(found, each.name) for each in fields(found)})
+
+
+def refuse(p: Problem, experts: int) -> str | None:
+    """Why there is no such kernel, in words; None if there is.
+
+    p.m are the rows of all experts, p.w the format of the stack.
+    """
+    family = "int8" if emit.whole(p.w.element) else "float8"
+    refusal = next(k for k in w8a8.KERNELS if k.name.endswith(f".{family}")).accepts(p)
+    if refusal is not None:
+        return refusal
+    if p.residual is not None or getattr(p.x, "zero", None) is not None:
+        return "experts in one launch have no residual, and x no zero points"
+    return compile.lacking(source(spec_of(p, experts)), launch.parse(p.device).capability)
+
+
+def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
+    """Bind an accepted product to a stack of weights (experts, n, k).
+
+    `most` are the rows that every expert has room for; 0: rows are sorted by expert.
+    """
+    spec = spec_of(p, experts)
+    named, processors = source(spec), launch.parse(p.device).processors
+    maps = -(-grouped.map_bytes(processors) // _WORDS) * _WORDS
+    words = (maps + grouped.table_bytes(experts) + 7) // 4
+
+    def to(w: Packed) -> Run:
+        machine = launch.machine_of(w.codes)
+        function, address = machine.function(named), machine.address
+        weight = Matrices(address(w.codes), w.codes.strides[1], w.codes.strides[0])
+        own = int(w.scales[0].size > 1)
+        scales = {
+            "w_scale": address(w.scales),
+            "w_scale.step": own,
+            "w_scale.batch": w.scales[0].size,
+        }
+
+        @lru_cache(maxsize=256)
+        def argument(memory: int, step: int, alpha: float, bias: int) -> Any:
+            finish = dict(dense.operands((0, step), (0, 0), alpha, bias)) | scales
+            finish["bias.batch"] = p.n
+            call = Call(experts, p.n, p.k, memory + maps, memory, tuple(finish.items()))
+            made = grouped.arguments(spec, call, processors, machine.encode)
+            return machine.by_value(bytes(made))
+
+        def run(x: Packed, rows: Array, epilogue: Epilogue, out: Array) -> bool:
+            left = Matrices(address(x.codes), x.codes.strides[0])
+            result = Matrices(address(out), out.strides[0])
+            if not (launcher.steady(machine, x.codes) and launcher.steady(machine, out)):
+                return False
+            step = int(x.scales.size > 1)
+            setup, numbers = grouped.setup(spec, rows.dtype.name)
+            memory = machine.scratch(words)
+            given = Rows(
+                experts, most, p.m, p.n, p.k, weight, left, result, address(x.scales), step
+            )
+            machine.function(setup)(
+                (-(-experts // grouped.SETUP),),
+                (grouped.SETUP,),
+                (rows, *numbers(given), memory[maps // 4 :]),
+            )
+            bias = 0 if epilogue.bias is None else address(epilogue.bias)
+            function(
+                grouped.grid(spec, processors),
+                (dense.THREADS,),
+                (argument(address(memory), step, epilogue.alpha, bias),),
+                shared_mem=dense.SHARED,
+            )
+            return True
+
+        return run
+
+    return to
