@@ -106,12 +106,12 @@ def _accepts(family: str, p: Problem) -> str | None:
         return f"wants 8-bit codes on both sides, x is {p.x}"
     wanted = ("int8_t",) if family == "int8" else ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
     shifted = family == "int8" and isinstance(p.x.zero, Element)
-    for side in (p.x, p.w):
-        known = (*wanted, "uint8_t") if shifted and side is p.x else wanted
-        zero = None if shifted and side is p.x else side.zero
-        if elements.name(side.element) not in known or zero is not None or side.bias:
+    for side, may_shift in ((p.x, shifted), (p.w, False)):
+        known = (*wanted, "uint8_t") if may_shift else wanted
+        zero = side.zero is not None and not may_shift
+        if elements.name(side.element) not in known or zero or side.bias:
             kind = "int8" if family == "int8" else "float8_e4m3fn or float8_e5m2"
-            return f"wants {kind} without zero points on both sides, got {side.name}"
+            return f"wants {kind} on both sides, w without zero points, got {side.name}"
         rows, _ = side.scale.block
         if rows not in (1, None) or side.tensor_scale or side.scale.element != "float32":
             return f"reads one float32 scale for a row or for all rows, {side.name} has others"
