@@ -17,6 +17,7 @@ from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, library
 from lowbit.kernels.cutlass.library import Shipped
 
+FAMILIES = cubins.families()
 ALONE = cubins.alone()
 CASES = [
     pytest.param(*each, *ALONE[each], id=f"{each[0]} {ALONE[each][1].label}") for each in ALONE
@@ -82,10 +83,11 @@ def test_texts_are_the_same_in_every_process() -> None:
 
 
 @pytest.mark.skipif(library.headers() is None, reason="wants the package nvidia-cutlass")
-def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None, family: str) -> None:
     if compile.missing() is not None:
         pytest.skip(str(compile.missing()))
-    (arch, key), (source, shipped) = next(iter(ALONE.items()))
+    (arch, key), (source, shipped) = next(iter(FAMILIES[family].items()))
     compiled, said = compile.nvrtc_said(source, arch)
     assert "wgmma" not in said  # which the compiler makes wait for each other
     made = archive.load(arch, key)

@@ -43,15 +43,27 @@ def keys(arch: str) -> set[str]:
     return {compile.key(source, arch) for source in usual.shipped(arch)}
 
 
-def alone() -> dict[tuple[str, str], tuple[Source, Shipped]]:
-    """Kernels with an archive each, by architecture and key."""
-    found = {}
+Kernels = dict[tuple[str, str], tuple[Source, Shipped]]
+"""By architecture and key."""
+
+
+def families() -> dict[str, Kernels]:
+    """Kernels with an archive each, by the module that they are of."""
+    found: dict[str, Kernels] = {}
     for info in iter_modules(cutlass.__path__, f"{cutlass.__name__}."):
         module = import_module(info.name)
-        for arch in ARCHS if hasattr(module, "shipped") else ():
-            for source, shipped in module.shipped(arch).items():
-                found[arch, compile.key(source, arch)] = source, shipped
+        if hasattr(module, "shipped"):
+            found[info.name.rpartition(".")[2]] = {
+                (arch, compile.key(source, arch)): (source, shipped)
+                for arch in ARCHS
+                for source, shipped in module.shipped(arch).items()
+            }
     return found
+
+
+def alone() -> Kernels:
+    """Kernels with an archive each."""
+    return {each: kernel for kernels in families().values() for each, kernel in kernels.items()}
 
 
 def write(arch: str) -> int:
@@ -101,7 +113,7 @@ def row(arch: str, key: str, source: Source, shipped: Shipped) -> dict[str, Any]
     }
 
 
-def write_table(wanted: dict[tuple[str, str], tuple[Source, Shipped]]) -> None:
+def write_table(wanted: Kernels) -> None:
     """Bring the table of the kernels on CUTLASS up to date."""
     known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     rows = {}
