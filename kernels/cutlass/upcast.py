@@ -12,34 +12,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
 
-import numpy as np
-
-from lowbit.formats import Element, Format
+from lowbit.formats import Element, Format, get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
-from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.cutlass import dense, elements, mixed, tiles, weights
+from lowbit.kernels.cuda.launch import Source
+from lowbit.kernels.cutlass import dense, elements, launcher, mixed, tiles, weights
 from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.launcher import Grid, Places
+from lowbit.kernels.cutlass.library import Shipped
 from lowbit.kernels.cutlass.mixed import TABLE, Call, Spec
-from lowbit.kernels.cutlass.schedulers import grid
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.cutlass.weights import ROOM
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
-    Array,
     Bind,
-    Epilogue,
     Kernel,
     Problem,
     Roundings,
     Run,
-    itemsize,
 )
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common
 
-_PIECE = 16  # bytes that TMA's rows begin at multiples of
 _TERMS = 16  # of one instruction on 16-bit numbers
 _LARGEST = 448.0  # number of float8_e4m3fn
 _X = {"bfloat16": "cutlass::bfloat16_t", "float16": "cutlass::half_t"}
@@ -76,6 +70,23 @@ def source(spec: Spec) -> Source:
     return Source(mixed.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
 
 
+def shipped(arch: str) -> dict[Source, Shipped]:
+    """Kernels whose machine code comes with the package."""
+    if arch != "sm_90a":
+        return {}
+    found = {}
+    for family, x, w in (
+        (_SIXTEEN, "bfloat16", get("int4_g128")),
+        (_INT8, get("int8_row"), get("int4_row")),
+    ):
+        p = Problem(1, 8, 256, x, w, "bfloat16")
+        for tile in tiles.listed(family.name):
+            spec = spec_with(family, p, tile)
+            label = f"{_named(x)} by {w.name} -> bfloat16, {tile}"
+            found[source(spec)] = Shipped(label, mixed.layout(spec).size)
+    return found
+
+
 def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
     """The kernel that computes a product by some tile."""
     x = _X[p.x] if isinstance(p.x, str) else elements.name(p.x.element)
@@ -84,7 +95,7 @@ def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
     assert w is not None
     return Spec(
         x, w, p.out, tile.shape, tile.cluster, tile.schedule, turned=True, activation=p.activation,
-        residual=p.residual, scale=scale, zero=zero,
+        residual=p.residual, shared=tile.shared, scale=scale, zero=zero,
     )  # fmt: skip
 
 
@@ -116,6 +127,9 @@ def _best(family: Family, p: Problem) -> Tile | None:
     capability = launch.parse(p.device).capability
 
     def usable(tile: Tile) -> bool:
+        # More rows are more tiles: fewer blocks share each, and float sums add up otherwise.
+        if tile.shared and p.batch_invariant and family is not _INT8:
+            return False
         return compile.lacking(source(spec_with(family, p, tile)), capability) is None
 
     # Where bits must not depend on the number of rows, neither may the tile.
@@ -145,7 +159,7 @@ def _accepts(family: Family, p: Problem) -> str | None:
         return refusal
     if elements.name(p.w.element) not in family.weights:
         return f"wants weights of {family.words}, got {p.w.name}"
-    refusal = _refuse_scales(family, p) or _refuse_shape(p)
+    refusal = _refuse_scales(family, p) or launcher.refuse_rows(p)
     if refusal is None and _best(family, p) is None:
         spec = spec_with(family, p, tiles.listed(family.name)[0])
         return compile.lacking(source(spec), device.capability)
@@ -203,17 +217,6 @@ def _refuse_numbers(p: Problem) -> str | None:
     return None
 
 
-def _refuse_shape(p: Problem) -> str | None:
-    bits = {"w": p.w.element.bits, "x": 16 if isinstance(p.x, str) else p.x.element.bits}
-    for side, each in bits.items():
-        if p.k * each % (8 * _PIECE):
-            return f"rows of {p.k} columns of {side} do not begin at multiples of {_PIECE} bytes"
-    for what, dtype in (("the result", p.out), ("the residual", p.residual)):
-        if dtype is not None and p.n * itemsize(dtype) % _PIECE:
-            return f"rows of {p.n} numbers of {what} do not begin at multiples of {_PIECE} bytes"
-    return None
-
-
 def _cost(family: Family, p: Problem) -> float:
     return tiles.seconds(p, _tile(family, p), family.faster)
 
@@ -229,76 +232,54 @@ def _build(family: Family, p: Problem) -> Bind:
 
 def bind(p: Problem, spec: Spec) -> Bind:
     """Bind an accepted product to weights, by any of its kernels."""
-    otherwise = (integer if spec.integral else gemm).build(p)
-    named = source(spec)
+    otherwise, named = (integer if spec.integral else gemm).build(p), source(spec)
     processors = launch.parse(p.device).processors
+    sharing = dense.sharing(spec, p.m, p.n, p.k, processors)
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         raw: Run = otherwise(w)
-        if not _aligned(_matrices(machine, w.codes)):
+        if not launcher.steady(machine, w.codes):
             return raw
         weight = weights.laid(machine, spec.scale, w)
         codes, scales, zeros = (
-            Matrices(0, 0) if each is None else _matrices(machine, each)
+            Matrices(0, 0) if each is None else Matrices(machine.address(each), each.strides[0])
             for each in (weight.codes, weight.scales, weight.zeros)
         )
-        function = machine.function(named)
-        w_scale = _vector(machine, weight.row_scales)
+        rows = weight.row_scales
+        w_scale = (0, 0) if rows is None else (machine.address(rows), int(rows.size > 1))
 
-        @lru_cache(maxsize=1024)
-        def arguments(call: Call) -> tuple[tuple[int, int, int], Any]:
-            made = mixed.arguments(spec, call, processors, machine.encode)
-            return grid(dense.tiling(spec, call), processors), machine.by_value(bytes(made))
-
-        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-            packed = isinstance(x, Packed)
-            left = _matrices(machine, product.steady(x.codes.view(np.uint8) if packed else x))
-            result = _matrices(machine, out)
-            added = None if epilogue.residual is None else _matrices(machine, epilogue.residual)
-            if not all(_aligned(each) for each in (left, result, added) if each is not None):
-                raw(x, epilogue, out)
-                return
-            x_scale = _vector(machine, x.scales if packed else None)
-            bias = 0 if epilogue.bias is None else machine.address(epilogue.bias)
-            finish = dict(dense.operands(x_scale, w_scale, epilogue.alpha * weight.factor, bias))
+        def argument(at: Places) -> tuple[Grid, bytearray]:
+            alpha = at.alpha * weight.factor
+            finish = dict(dense.operands((at.x_scale, at.x_step), w_scale, alpha, at.bias))
+            # What has no scales has 1.
             finish |= {"x_scale.default": 1.0, "w_scale.default": 1.0}
             call = Call(
-                p.m, p.n, p.k, left, codes, result, tuple(finish.items()), added,
-                group=_group(p), scales=scales, zeros=zeros,
+                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), codes, Matrices(at.out, at.out_pitch),
+                tuple(finish.items()), Matrices(at.residual, at.residual_pitch), sharing=sharing,
+                partial=at.partial, locks=at.locks, group=_group(p), scales=scales, zeros=zeros,
             )  # fmt: skip
-            blocks, handed = arguments(call)
-            function(blocks, (dense.THREADS,), (handed,), shared_mem=dense.SHARED)
+            made = mixed.arguments(spec, call, processors, machine.encode)
+            return dense.grid(spec, call, processors), made
 
-        return run
+        words = dense.words(spec, p.m, p.n, sharing)
+        return launcher.runner(machine, named, raw, argument, **words)
 
     return to
-
-
-def _vector(machine: Machine, numbers: Array | None) -> tuple[int, int]:
-    """Address and step of scales; 0 where all are 1."""
-    return (0, 0) if numbers is None else (machine.address(numbers), int(numbers.size > 1))
-
-
-def _matrices(machine: Machine, rows: Array) -> Matrices:
-    return Matrices(machine.address(rows), rows.strides[0])
-
-
-def _aligned(rows: Matrices) -> bool:
-    return rows.address % _PIECE == 0 and rows.pitch % _PIECE == 0
 
 
 def _roundings(family: Family, p: Problem) -> Roundings:
     if family is _INT8:
         return integer_roundings(p, p.k)
-    grouped, after = _grouped(p), 2 + FINAL_ROUNDINGS
+    grouped, most = _grouped(p), _tile(family, p).sharing(p).most
+    after, shares = most + 1 + FINAL_ROUNDINGS, f", {most} shares ascending" if most > 1 else ""
     if family is _FLOAT8:
         # Numbers of a table are multiples of 2**-9: where they are small, half of that is lost.
         lost = _LARGEST * 2.0**-10 * ROOM if grouped else 0.0
         return Roundings(
             "float32",
             float8.cut(p.k) + after,
-            f"float8 tensor cores over {p.k} columns",
+            f"float8 tensor cores over {p.k} columns{shares}",
             ACTIVATION_ERROR[p.activation],
             weight=2.0**-4 * 1.01 if grouped else 0.0,
             flushed=lost,
@@ -307,7 +288,7 @@ def _roundings(family: Family, p: Problem) -> Roundings:
     return Roundings(
         "float32",
         2 * (_TERMS + 2) * (-(-p.k // _TERMS) + 2) + after,
-        "tensor cores over 16 columns, those ascending",
+        f"tensor cores over 16 columns, those ascending{shares}",
         ACTIVATION_ERROR[p.activation],
         weight=2.0**-8 + 2.0**-14 if grouped else 0.0,
     )
