@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 from lowbit import binding, checks, cuda_interop, interop, products
 from lowbit import device as places
 from lowbit.array import QArray
-from lowbit.dispatch import Options, flattens, promoted, rearranged, residual_dtype
+from lowbit.dispatch import Options, flattens, promoted, rearranged, residual_dtype, state
+from lowbit.formats.reference import Packed
 from lowbit.kernels import Epilogue
 from lowbit.quantizing import quantize, quantize_on_the_way
 
@@ -45,7 +47,8 @@ def grouped_matmul(
     offsets : array_like of int, (E,) or (E + 1,)
         Where each group ends: group e has the rows from ``offsets[e - 1]``, or 0, up to
         ``offsets[e]``, as ``offs`` of torch's grouped products; the last one ends at T. A leading
-        0 may stand before them. Groups may be empty. Offsets on a GPU are read back, which waits.
+        0 may stand before them. Groups may be empty. Offsets on a GPU are read back, which waits,
+        unless one launch serves all groups: see Notes.
     alpha : float
     bias : array_like of shape (E, N), optional
     activation : {"relu", "gelu", "gelu_tanh", "silu"}, optional
@@ -61,7 +64,8 @@ def grouped_matmul(
     Returns
     -------
     array, (T, N)
-        In the framework, and on the device, of x. The bits are those of `matmul`, group by group.
+        In the framework, and on the device, of x. The bits are those of `matmul`, group by group;
+        of float8 in one launch they are within its bound.
 
     Raises
     ------
@@ -74,6 +78,9 @@ def grouped_matmul(
     -----
     What is bound to an expert's weight is remembered with the stack, so the next call with as many
     rows for it costs a few microseconds besides the arithmetic.
+
+    int8 and float8 rows of one scale each, times such weights on Hopper, take one launch. Offsets
+    on the GPU are then read there alone: wrong ones give wrong rows, and no error.
 
     Examples
     --------
@@ -95,7 +102,6 @@ def grouped_matmul(
             f"grouped_matmul: x has shape {left.shape}, want (rows, {k}) for w {w.shape}"
         )
     rows = left.shape[0]
-    ends = _ends(offsets, experts, rows)
     target = None if out is None else products.writable(out)
     if target is not None and target.shape != (rows, n):
         raise ValueError(f"out: want shape {(rows, n)}, got {target.shape}")
@@ -106,6 +112,8 @@ def grouped_matmul(
     )
     dtype = options.out_dtype or promoted(left.dtype, w.dtype)
     options = options._replace(out_dtype=dtype)
+    at_once = _at_once(left, w, offsets, options, rest)
+    ends = [] if at_once is not None else _ends(offsets, experts, rows)
     for argument, array in (("bias", added), ("residual", rest), ("out", target)):
         if array is not None:
             places.on(w._place, array, argument)
@@ -121,13 +129,49 @@ def grouped_matmul(
         else:
             empty = interop.empty if w._place is places.HOST else w._place.xp.empty
             result = empty((rows, n), dtype)
-        _groups(left, w, ends, after, options, result)
+        if at_once is None or not at_once(left, after, result):
+            _groups(left, w, ends or _ends(offsets, experts, rows), after, options, result)
         if target is None:
             return interop.from_numpy(result, origin) if answer is None else answer
         if result is not target:
             target[...] = result
     interop.written(out)
     return out
+
+
+def _at_once(
+    x: Array | QArray, w: QArray, offsets: Any, options: Options, residual: Array | None
+) -> Callable[[Array | QArray, Epilogue, Array], bool] | None:
+    """One launch for all groups, where there is one for such operands."""
+    place, fmt, experts = w._place, options.x_format, w.shape[0]
+    if place is places.HOST or options.kernel is not None or residual is not None:
+        return None
+    if w._transposed or rearranged(w) or (fmt is not None and not flattens(fmt)):
+        return None
+    stated, parts = state(x, _experts(w)[0], options), w._parts
+    if stated.exact or not stated.flat or not isinstance(parts, Packed):
+        return None
+    from lowbit.kernels.cutlass import experts as launches
+
+    if launches.refuse(stated.problem, experts) is not None:
+        return None
+    ends, _ = interop.read(offsets, "offsets")
+    if isinstance(ends, np.ndarray):
+        ends = place.put(np.array(_ends(offsets, experts, x.shape[0]), np.int64))
+    elif ends.dtype.name not in launches.COUNTS or ends.shape not in ((experts,), (experts + 1,)):
+        return None
+    places.on(place, ends, "offsets")
+    plans, key = w._content.plans, ("experts at once", stated.problem)
+    run = plans.get(key)
+    if run is None:
+        run = plans[key] = launches.bind(stated.problem, experts)(parts)
+
+    def execute(x: Array | QArray, after: Epilogue, out: Array) -> bool:
+        left: Any = x if fmt is None else quantize_on_the_way(products.dense(x), fmt, None)
+        counts = place.xp.ascontiguousarray(ends[-experts:])
+        return bool(run(left._parts, counts, after, out))
+
+    return execute
 
 
 def _ends(offsets: Any, experts: int, rows: int) -> list[int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fake_cupy
 import host
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit as lb
+from lowbit import device as places
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
@@ -143,7 +146,10 @@ def test_wrong_numbers_of_rows_reach_no_other_memory(emulator: Any, most: int) -
 
 
 class Machine(host.Watching):
-    """Runs the kernel that writes tables, keeps what is launched after it."""
+    """Runs lowbit's own kernels, and computes what CUTLASS's are given."""
+
+    spec: Spec
+    format: str
 
     def __init__(self, device: launch.Device, emulator: Any) -> None:
         super().__init__(device)
@@ -153,7 +159,13 @@ class Machine(host.Watching):
     def function(self, source: launch.Source) -> Any:
         if source.library is None:
             return self.emulator.function(source)
-        return super().function(source)
+        watched = super().function(source)
+
+        def run(*given: Any, **options: Any) -> None:
+            watched(*given, **options)
+            Launched(self.spec, self.launched[-1][2]).compute(self.format)
+
+        return run
 
     def scratch(self, count: int) -> Any:
         assert count <= self.memory.size
@@ -228,18 +240,14 @@ def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: in
         int(ends[-1]), n, k, x.format, w.format, "bfloat16", bias is not None, device=HOPPER
     )  # fmt: skip
     assert experts_of.refuse(p, experts) is None
-    machine, out = (
-        Machine(launch.parse(HOPPER), emulator),
-        aligned_zeros((p.m, n), DTYPES["bfloat16"]),
-    )
+    machine, out = Machine(launch.parse(HOPPER), emulator), aligned_zeros((p.m, n), DTYPES[p.out])
+    machine.spec, machine.format = experts_of.spec_of(p, experts), fmt
     with launch.pretending(machine):
         run = experts_of.bind(p, experts)(w)
         assert run(x, ends, Epilogue(0.5, bias), out)
-        ((source, blocks, argument),) = machine.launched
-        spec = experts_of.spec_of(p, experts)
-        assert source == experts_of.source(spec)
-        assert blocks == (132, 1, 1)
-        Launched(spec, argument).compute(fmt)
+    ((source, blocks, _),) = machine.launched
+    assert source == experts_of.source(machine.spec)
+    assert blocks == (132, 1, 1)
     scale = np.broadcast_to(x.scales[:, 0], p.m)
     for e, start in enumerate(ends - counts):
         rows = slice(start, ends[e])
@@ -269,3 +277,61 @@ def test_what_is_refused_is_said_why() -> None:
         refusal = experts_of.refuse(replace(p, **changed), 8)
         assert refusal is not None
         assert words in refusal
+
+
+class Cupy(fake_cupy.Machine):
+    """Launches on the stand-in's arrays, of a GPU that has CUTLASS's kernels."""
+
+    def encode(self, wanted: Any) -> bytes:
+        return host.recorded(wanted)
+
+    def by_value(self, data: bytes) -> bytes:
+        return data
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("x_format", [None, "int8_row"])
+def test_one_launch_serves_all_groups(
+    emulator: Any, monkeypatch: pytest.MonkeyPatch, x_format: str | None, there: bool
+) -> None:
+    """lb.grouped_matmul, offsets on the GPU or not: nothing comes back to the host."""
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
+    inner = Machine(launch.parse(HOPPER), emulator)
+    machine = Cupy(inner)
+    monkeypatch.setattr(launch, "machine_of", lambda array: machine)
+    rng, experts, n, k = np.random.default_rng(5), 4, 72, 160
+    ends = np.array([7, 7, 30, 41])
+    x = rng.standard_normal((41, k), np.float32)
+    w = lb.quantize(rng.standard_normal((experts, n, k), np.float32), "int8_row")
+    bias = rng.standard_normal((experts, n), np.float32)
+    left: Any = x if x_format else lb.quantize(x, "int8_row")
+    given: dict[str, Any] = {"x_format": x_format, "out_dtype": "float32", "alpha": 0.5}
+    expected = lb.grouped_matmul(left, w, ends, bias=bias, **given)
+    left = cupy.asarray(left) if x_format else left.to_device("cuda")
+    stack, added = w.to_device("cuda"), cupy.asarray(bias)
+    offsets = cupy.asarray(np.concatenate([[0], ends])) if there else ends
+    p = Problem(41, n, k, w.format, w.format, "float32", bias=True, device=HOPPER)
+    inner.spec, inner.format = experts_of.spec_of(p, experts), "int8_row"
+    with fake_cupy.uncopied():
+        got = [lb.grouped_matmul(left, stack, offsets, bias=added, **given) for _ in range(2)]
+    assert len(inner.launched) == 2
+    for each in got:
+        np.testing.assert_array_equal(each.get(), expected)
+
+
+def test_other_groups_take_a_launch_each(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
+    machine = fake_cupy.Machine(emulator)  # a plain device
+    monkeypatch.setattr(launch, "machine_of", lambda array: machine)
+    x = np.random.default_rng(5).standard_normal((6, 64), np.float32)
+    w = lb.quantize(np.random.default_rng(6).standard_normal((2, 8, 64), np.float32), "int8_row")
+    there = w.to_device("cuda")
+    wanted = lb.grouped_matmul(x, w, [2, 6], x_format="int8_row")
+    ends = cupy.asarray(np.array([2, 6]))
+    got = lb.grouped_matmul(cupy.asarray(x), there, ends, x_format="int8_row")
+    np.testing.assert_array_equal(got.get(), wanted)

@@ -24,6 +24,8 @@ Run = Callable[[Packed, Array, Epilogue, Array], bool]
 """run(x, rows, epilogue, out): rows as `grouped.Rows` has them; bias (experts, n). False: memory is
 not as TMA wants it, nothing was launched."""
 
+COUNTS = tuple(grouped.COUNTS)
+"""dtypes of numbers of rows."""
 _SMALL = ((16, (64, 16, 128)), (32, (64, 32, 128)), (64, (64, 64, 128)))
 """Rows of an expert up to which a tile, w first, is taken."""
 _LARGE = 192  # rows from which two groups of warps share a tile
