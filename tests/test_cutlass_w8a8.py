@@ -144,7 +144,7 @@ def problem(**changed: Any) -> Problem:
 REFUSALS: dict[str, dict[str, Any]] = {
     "capability 9.0": {"device": "cuda:89:128"},
     "lowbit's own kernels": {"device": "cuda:90:4:plain"},
-    "wants 8-bit codes": {"x": "bfloat16"},
+    "wants codes of 8 bits": {"x": "bfloat16"},
     "got int8_row_asym": {"w": lb.format("int8_row_asym")},
     "w without zero points": {"x": lb.format("int8_row_asym"), "w": lb.format("int8_row_asym")},
     "wants int8 on both sides": {"x": lb.format("uint8_row")},

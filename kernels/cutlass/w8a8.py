@@ -103,7 +103,7 @@ def _accepts(family: str, p: Problem) -> str | None:
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
-        return f"wants 8-bit codes on both sides, x is {p.x}"
+        return f"wants codes of 8 bits on both sides, x is {p.x}"
     wanted = ("int8_t",) if family == "int8" else ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
     shifted = family == "int8" and isinstance(p.x.zero, Element)
     for side, may_shift in ((p.x, shifted), (p.w, False)):
