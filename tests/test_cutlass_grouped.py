@@ -335,3 +335,23 @@ def test_other_groups_take_a_launch_each(emulator: Any, monkeypatch: pytest.Monk
     ends = cupy.asarray(np.array([2, 6]))
     got = lb.grouped_matmul(cupy.asarray(x), there, ends, x_format="int8_row")
     np.testing.assert_array_equal(got.get(), wanted)
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: Any) -> None:
+    experts, most, n, k = 3, 40, 72, 160
+    counts = np.array([40, 0, 7], np.int32)
+    x, w = quantized("fp8_row", (experts * most, k), 1), stacked("fp8_row", (experts, n, k))
+    p = Problem(experts * most, n, k, x.format, w.format, "float32", device=HOPPER)
+    machine, out = Machine(launch.parse(HOPPER), emulator), aligned_zeros((p.m, n), np.float32)
+    machine.spec, machine.format = experts_of.spec_of(p, experts), "fp8_row"
+    with launch.pretending(machine):
+        assert experts_of.bind(p, experts, most)(w)(x, counts, Epilogue(), out)
+    for e, count in enumerate(counts):
+        full, rest = slice(most * e, most * e + count), slice(most * e + count, most * e + most)
+        wanted = finished(
+            sums("fp8_row", "fp8_row", x.codes.view(np.uint8)[full], w.codes.view(np.uint8)[e]),
+            x.scales[full, 0], w.scales[e, :, 0], 1.0, 0, None, None,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out[full], wanted)
+        assert not out[rest].any()
