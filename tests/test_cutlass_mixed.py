@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 import lowbit as lb
 from lowbit.formats import codes
-from lowbit.kernels.cutlass import dense, mixed
+from lowbit.kernels.cutlass import dense, mixed, streamk
 from lowbit.kernels.cutlass.mixed import BITS, Call, Spec
-from lowbit.kernels.cutlass.schedulers import grid
 
 INT4, UINT4, FLOAT8 = "cutlass::int4b_t", "cutlass::uint4b_t", "cutlass::float_e4m3_t"
 BFLOAT, HALF = "cutlass::bfloat16_t", "cutlass::half_t"
@@ -36,6 +35,9 @@ SPECS = {
     "narrow": spec(BFLOAT, "int8_t", BIG, "Pingpong", scale=BFLOAT, zero=True, cluster=(1, 2)),
     "rows": spec(HALF, FLOAT8, (64, 64, 64), "Pingpong", out="float16"),
     "int8": spec("int8_t", INT4, (128, 64, 128), "Cooperative", cluster=(2, 1)),
+    "shared": spec(
+        BFLOAT, UINT4, (128, 16, 64), "Cooperative", scale="float", zero=True, shared=True
+    ),
     "table": spec(FLOAT8, INT4, (128, 128, 128), "Cooperative", scale=mixed.TABLE),
 }
 
@@ -64,11 +66,17 @@ def grouped(draw: st.DrawFn, spec: Spec) -> Call:
 def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
     spec = SPECS[name]
     call = data.draw(grouped(spec))
+    if spec.shared:
+        asked = dense.tiling(spec, call), dense.steps(spec, call), processors
+        sharing = streamk.shared(*asked, streamk.HEURISTIC)
+        call = replace(call, sharing=sharing, partial=1 << 41, locks=1 << 42)
 
     def beside(of_x: bool) -> tuple[int, ...]:
         codes, bits = (call.x, BITS[spec.x]) if of_x else (call.w, BITS[spec.w])
         pitches = codes.pitch * 8 // bits, codes.batch * 8 // bits
-        if of_x or spec.scale is None:
+        if of_x:
+            return (*pitches, call.locks, call.partial)
+        if spec.scale is None:
             return (*pitches, *[0] * 5)
         size = BITS[spec.scale] // 8
         return (
@@ -78,7 +86,7 @@ def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
 
     wanted, blocks = theirs(mixed, spec, call, processors, "mixed.hpp", beside)
     same(mixed.layout(spec), mixed.arguments(spec, call, processors, host.recorded), wanted)
-    assert grid(dense.tiling(spec, call), processors) == blocks
+    assert dense.grid(spec, call, processors) == blocks
 
 
 @pytest.mark.parametrize(

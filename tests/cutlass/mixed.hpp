@@ -8,10 +8,15 @@ template <class M> void scales(M& mainloop, const std::uint64_t* numbers) {  // 
         cute::get<1>(mainloop.dS) = numbers[3], cute::get<2>(mainloop.dS) = numbers[4];
     }
 }
+template <class S> auto shares(S& scheduler, const std::uint64_t* numbers, int) -> decltype(void(scheduler.locks)) {
+    scheduler.locks = reinterpret_cast<int*>(numbers[0]);
+}
+template <class S> void shares(S&, const std::uint64_t*, long) {}
 #define BESIDE(a, numbers)                                                        \
     a.mainloop.dA = stride<typename Kernel::StrideA>(numbers[0], numbers[1]);     \
     a.mainloop.dB = stride<typename Kernel::StrideB>(numbers[7], numbers[8]);     \
-    scales(a.mainloop, numbers + 2)
+    scales(a.mainloop, numbers + 2), shares(a.scheduler, numbers + 9, 0)
+#define WORKSPACE(numbers) reinterpret_cast<void*>(numbers[10])
 #include "dense.hpp"
 
 // Codes of memory, one after the other, as CUTLASS counts them.
