@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P leaves it out
 
@@ -21,19 +22,57 @@ from harness import gpu_device
 from harness.gpu_clock import Clock
 
 import lowbit as lb
-from lowbit.kernels import Epilogue, Problem
+from lowbit.kernels import Bind, Epilogue, Problem
 from lowbit.kernels.cuda import costs, launch
-from lowbit.kernels.cutlass import tiles, w8a8
+from lowbit.kernels.cutlass import blockwise, tiles, upcast, w8a8
 from lowbit.kernels.cutlass.tiles import Tile
 
-FORMATS = {"int8": "int8_row", "float8": "fp8_row", "float8_fast": "fp8_row"}
+
+class Way(NamedTuple):
+    """What a family is measured with."""
+
+    x: str
+    """Format or dtype."""
+    w: str
+    faster: float
+    """Than tensor cores on 16-bit numbers."""
+    bind: Callable[[Problem, Tile], Bind]
+
+
+def _w8a8(fast: bool = False) -> Callable[[Problem, Tile], Bind]:
+    return lambda p, tile: w8a8.bind(p, w8a8.spec_with(p, tile, fast=fast))
+
+
+def _upcast(family: upcast.Family) -> Callable[[Problem, Tile], Bind]:
+    return lambda p, tile: upcast.bind(p, upcast.spec_with(family, p, tile))
+
+
+WAYS = {
+    "int8": Way("int8_row", "int8_row", w8a8.FASTER, _w8a8()),
+    "float8": Way("fp8_row", "fp8_row", w8a8.FASTER, _w8a8()),
+    "float8_fast": Way("fp8_row", "fp8_row", w8a8.FASTER, _w8a8(fast=True)),
+    "float8_blocks": Way(
+        "fp8_g128", "fp8_128x128", blockwise.FASTER,
+        lambda p, tile: blockwise.bind(p, blockwise.spec_with(p, tile)),
+    ),
+    **{
+        f.name: Way(x, w, f.faster, _upcast(f))
+        for f, x, w in zip(
+            upcast.FAMILIES,
+            ("bfloat16", "int8_row", "fp8_row"),
+            ("int4_g128", "int4_row", "int4_g128"),
+            strict=True,
+        )
+    },
+}  # fmt: skip
+DTYPES = ("bfloat16", "float16")
 WAVES, COLUMNS, CALLS, ROUNDS = 4, 8192, 20, 5
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("--family", choices=FORMATS, action="append")
+    found.add_argument("--family", choices=WAYS, action="append")
     found.add_argument("--json", type=Path, default=tiles.PATH)
     options = found.parse_args(arguments)
     why = gpu_device.absence()
@@ -41,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"bench/tune_cutlass.py measures a GPU, and there is none: {why}")
     import cupy
 
-    tune(cupy, Clock(cupy), options.family or list(FORMATS), options.json)
+    tune(cupy, Clock(cupy), options.family or list(WAYS), options.json)
 
 
 def tune(cupy: Any, clock: Any, families: list[str], path: Path) -> None:
@@ -58,15 +97,19 @@ def tune(cupy: Any, clock: Any, families: list[str], path: Path) -> None:
 def share(cupy: Any, clock: Any, family: str, tile: Tile, device: launch.Device) -> float:
     """Operations a second, of those that the tensor cores can do."""
     m, n = shape(tile, device)
-    fmt = lb.format(FORMATS[family])
-    p = Problem(m, n, COLUMNS, fmt, fmt, "bfloat16", device=device.name)
-    x, w = (lb.quantize(cupy.ones((rows, COLUMNS), "float16"), fmt)._parts for rows in (m, n))
+    way = WAYS[family]
+    x_format = way.x if way.x in DTYPES else lb.format(way.x)
+    p = Problem(m, n, COLUMNS, x_format, lb.format(way.w), "bfloat16", device=device.name)
+    x: Any = cupy.ones((m, COLUMNS), way.x if way.x in DTYPES else "float16")
+    if way.x not in DTYPES:
+        x = lb.quantize(x, way.x)._parts
+    w = lb.quantize(cupy.ones((n, COLUMNS), "float16"), way.w)._parts
     out = cupy.empty((m, n), "bfloat16")
-    run = w8a8.bind(p, w8a8.spec_with(p, tile, fast=family == "float8_fast"))(w)
+    run = way.bind(p, tile)(w)
     run(x, Epilogue(), out)
     clock.synchronize()
     best = min(clock.batch(lambda i: run(x, Epilogue(), out), CALLS) for _ in range(ROUNDS))
-    peak = costs.rates(device.capability).dense * w8a8.FASTER
+    peak = costs.rates(device.capability).dense * way.faster
     return float(p.operations / best / peak)
 
 

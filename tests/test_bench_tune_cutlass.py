@@ -43,28 +43,36 @@ class NumPy:
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
 
+    def ones(self, shape: Any, dtype: Any) -> Any:
+        return np.ones(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
     def empty(self, shape: Any, dtype: Any = np.float32) -> Any:
         return np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 @pytest.mark.skipif(library.headers() is None, reason="compiles what the package does not bring")
-def test_every_tile_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", tune_cutlass.WAYS)
+def test_every_tile_is_timed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_cutlass, "COLUMNS", 128)
     machine, clock = host.Watching(H100), Clock()
     path = tmp_path / "tiles.json"
     with launch.pretending(machine):
-        tune_cutlass.tune(NumPy(), clock, ["int8"], path)
+        tune_cutlass.tune(NumPy(), clock, [family], path)
     found, before = (json.loads(p.read_text()) for p in (path, tiles.PATH))
-    listed = tiles.listed("int8")
+    listed = tiles.listed(family)
     assert len({source for source, *_ in machine.launched}) == len(listed)
     assert clock.calls == tune_cutlass.ROUNDS * len(listed)
-    peak = 2 * costs.rates(90).dense
-    for row, tile in zip(found["int8"], listed, strict=True):
+    peak = tune_cutlass.WAYS[family].faster * costs.rates(90).dense
+    for row, tile in zip(found[family], listed, strict=True):
         m, n = tune_cutlass.shape(tile, H100)
         assert row.pop("share") == round(2 * m * n * 128 / 1e-5 / peak, 3)
-    for row in before["int8"]:
+    for row in before[family]:
         row.pop("share")
     assert found == before
+
+
+def test_every_family_can_be_tuned() -> None:
+    assert set(tune_cutlass.WAYS) == set(json.loads(tiles.PATH.read_text()))
 
 
 def test_the_table_is_written_as_it_stands() -> None:

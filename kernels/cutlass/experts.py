@@ -11,12 +11,14 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+from lowbit.formats import get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, emit, launch, product
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, grouped, launcher, w8a8
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.grouped import Call, Rows, Spec
+from lowbit.kernels.cutlass.library import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import Array, Epilogue, Problem
 
@@ -36,6 +38,21 @@ _WORDS = 128  # bytes that what is in scratch memory is aligned to
 def source(spec: Spec) -> Source:
     """The kernel of a class of products."""
     return Source(grouped.text(spec), "lowbit_gemm", dense.THREADS, dense.SHARED, "cutlass")
+
+
+def shipped(arch: str) -> dict[Source, Shipped]:
+    """Kernels whose machine code comes with the package."""
+    if arch != "sm_90a":
+        return {}
+    found = {}
+    for fmt in ("int8_row", "fp8_row"):
+        for rows in (*(most for most, _ in _SMALL), _LARGE - 1, _LARGE):
+            p = Problem(rows, 8, 16, get(fmt), get(fmt), "bfloat16", device="cuda:90:132")
+            spec = spec_of(p, 1)
+            shape, order = "x".join(map(str, spec.tile)), ", w first" if spec.turned else ""
+            label = f"experts of {fmt} -> bfloat16, tile {shape}, {spec.schedule.lower()}{order}"
+            found[source(spec)] = Shipped(label, grouped.layout(spec).size)
+    return found
 
 
 def spec_of(p: Problem, experts: int) -> Spec:
@@ -84,6 +101,7 @@ def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
         function, address = machine.function(named), machine.address
         weight = Matrices(address(w.codes), w.codes.strides[1], w.codes.strides[0])
         own = int(w.scales[0].size > 1)
+        steady = launcher.steady(machine, w.codes) and w.codes.strides[1] % launcher.PIECE == 0
         scales = {
             "w_scale": address(w.scales),
             "w_scale.step": own,
@@ -101,7 +119,7 @@ def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
         def run(x: Packed, rows: Array, epilogue: Epilogue, out: Array) -> bool:
             left = Matrices(address(x.codes), x.codes.strides[0])
             result = Matrices(address(out), out.strides[0])
-            if not (launcher.steady(machine, x.codes) and launcher.steady(machine, out)):
+            if not (steady and all(launcher.steady(machine, each) for each in (x.codes, out))):
                 return False
             step = int(x.scales.size > 1)
             setup, numbers = grouped.setup(spec, rows.dtype.name)
