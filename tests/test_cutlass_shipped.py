@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,7 +36,9 @@ def instructions(arch: str, text: str) -> list[str]:
     """What has to be there: products of tensor cores, and how their operands come."""
     if arch == "sm_90a":
         integral = "int32_t, float" in text
-        half = "ElementX = cutlass::half_t" in text or "ElementX = cutlass::bfloat16_t" in text
+        half = re.search(
+            r"cutlass::(half|bfloat16)_t, cutlass::layout::ColumnMajor, \d+, float", text
+        )
         return ["IGMMA" if integral else "HGMMA" if half else "QGMMA", "UTMALDG", "UTMASTG"]
     if arch in ("sm_80", "sm_89"):
         return ["IMMA|QMMA", "LDGSTS", "LDSM"]
