@@ -18,8 +18,12 @@ KINDS = (
     "float32",
     "float64",
     "bfloat16",
+    "float32, subnormal numbers as zeros",
+    "tfloat32",
+    "tfloat32, subnormal numbers as zeros",
+    "uint4",
 )
-"""In the order of CUtensorMapDataType."""
+"""In the order of CUtensorMapDataType. Of uint4, sixteen lie in 8 bytes, here and there."""
 SWIZZLES = (0, 32, 64, 128)
 """Bytes, in the order of CUtensorMapSwizzle."""
 

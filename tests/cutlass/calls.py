@@ -76,6 +76,7 @@ def theirs(
     processors: int,
     header: str = "dense.hpp",
     more: Callable[[bool], tuple[int, ...]] = lambda first: (),
+    threads: int = dense.THREADS,
 ) -> tuple[bytes, tuple[int, ...]]:
     """CUTLASS's arguments and grid; `more` are numbers of x (True) and w that `header` reads."""
     code = built(family, spec, header)
@@ -94,9 +95,9 @@ def theirs(
         first.pitch, second.pitch, out.pitch // size, added.pitch // wide,
         first.batch, second.batch, out.batch // size, added.batch // wide,
     )  # fmt: skip
-    threads, shared = ctypes.c_int(), ctypes.c_int()
-    size = code.facts(ctypes.byref(threads), ctypes.byref(shared))
-    assert (size, threads.value) == (family.layout(spec).size, dense.THREADS)
+    block, shared = ctypes.c_int(), ctypes.c_int()
+    size = code.facts(ctypes.byref(block), ctypes.byref(shared))
+    assert (size, block.value) == (family.layout(spec).size, threads)
     assert shared.value <= dense.SHARED
     held, blocks = ctypes.create_string_buffer(size + 128), (ctypes.c_uint * 3)()
     place = (ctypes.addressof(held) + 127) // 128 * 128
