@@ -14,7 +14,6 @@ from lowbit.kernels.cutlass.dense import Call, Matrices
 from lowbit.kernels.cutlass.epilogue import FMA, Node
 from lowbit.kernels.cutlass.records import Layout, Value, pack, record
 
-_LINE = 128  # bytes: shares of the columns begin at multiples of it
 _PIECE = 16  # bytes that cp.async copies at a time
 _SWIZZLE = 8  # most tiles side by side that blocks take before they go on
 _INT4 = ("cutlass::int4b_t", "cutlass::uint4b_t")
@@ -169,9 +168,6 @@ def values(spec: Spec, call: Call) -> dict[str, Value]:
     """Members of the kernel's argument."""
     tiles_m, tiles_n = _tiles(spec, call)
     batched = call.batches > 1
-    # What one share of the columns takes: all of them, in whole lines where rows are such.
-    whole = _LINE if call.k % _LINE == 0 else max(_at_once(spec.x), _at_once(spec.w))
-    columns = call.k if batched else -(-call.k // whole) * whole
     named = dict(call.finish) | _matrix("out", call.out, spec.out)
     if call.residual is not None and spec.residual is not None:
         named |= _matrix("residual", call.residual, spec.residual)
@@ -181,7 +177,7 @@ def values(spec: Spec, call: Call) -> dict[str, Value]:
         "log_swizzle": _log_swizzle(tiles_n),
         "mode": _BATCHED if batched else _SINGLE,
         "batches": call.batches,
-        "columns": columns,
+        "columns": call.k,
         "extents.m": call.m, "extents.n": call.n, "extents.l": call.batches,
         **_steps("first", call.x, spec.x, spec, spec.tile[0]),
         **_steps("second", call.w, spec.w, spec, spec.tile[1]),
