@@ -296,13 +296,13 @@ def _near(run: Execute, problem: Problem) -> Execute:
         return run
 
     def execute(x: Packed, after: Epilogue, out: Array) -> object:
-        return run(x if _readable(x, "rows") else _gathered(x), after, out)
+        return run(x if readable(x, "rows") else _gathered(x), after, out)
 
     return execute
 
 
 def _bound(bind: Callable[[Parts], Execute], parts: Parts, problem: Problem) -> Execute:
-    if _readable(parts, problem.layout):
+    if readable(parts, problem.layout):
         return bind(parts)
 
     def execute(x: Any, after: Epilogue, out: Array) -> object:
@@ -312,7 +312,7 @@ def _bound(bind: Callable[[Parts], Execute], parts: Parts, problem: Problem) -> 
     return execute
 
 
-def _readable(parts: Parts, layout: str) -> bool:
+def readable(parts: Parts, layout: str) -> bool:
     """Whether kernels can read the parts where they are: rows at one distance, without gaps."""
     if isinstance(parts, Words16):
         return layout == parts.layout

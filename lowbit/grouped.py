@@ -151,6 +151,8 @@ def _at_once(
     stated, parts = state(x, _experts(w)[0], options), w._parts
     if stated.exact or not stated.flat or not isinstance(parts, Packed):
         return None
+    if not binding.readable(parts, "rows"):
+        return None
     from lowbit.kernels.cutlass import experts as launches
 
     if launches.refuse(stated.problem, experts) is not None:
@@ -168,6 +170,8 @@ def _at_once(
 
     def execute(x: Array | QArray, after: Epilogue, out: Array) -> bool:
         left: Any = x if fmt is None else quantize_on_the_way(products.dense(x), fmt, None)
+        if not binding.readable(left._parts, "rows"):
+            return False
         counts = place.xp.ascontiguousarray(ends[-experts:])
         return bool(run(left._parts, counts, after, out))
 

@@ -74,6 +74,9 @@ class Machine:
     def number(self, kind: type[np.generic], value: float) -> Any:
         return kind(value)
 
+    def settle(self) -> None:
+        pass
+
     def address(self, array: Any) -> int:
         address: int = array.data.ptr
         return address

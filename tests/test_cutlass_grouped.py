@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import lowbit as lb
 from lowbit import device as places
+from lowbit import grouped as grouped_module
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
@@ -355,3 +356,31 @@ def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: An
         )  # fmt: skip
         np.testing.assert_array_equal(out[full], wanted)
         assert not out[rest].any()
+
+
+@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize("sliced", ["x", "x backwards", "w", "neither"])
+def test_what_has_gaps_takes_a_launch_each(
+    emulator: Any, monkeypatch: pytest.MonkeyPatch, sliced: str
+) -> None:
+    """Scales of slices lie apart: one launch would read others."""
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
+    inner = Machine(launch.parse(HOPPER), emulator)
+    machine = Cupy(inner)
+    monkeypatch.setattr(launch, "machine_of", lambda array: machine)
+    each: list[str] = []
+    monkeypatch.setattr(grouped_module, "_groups", lambda *given: each.append("a launch each"))
+    rng, experts, n, k = np.random.default_rng(5), 2, 72, 160
+    step = {"x": 2, "x backwards": -1}.get(sliced, 1)
+    rows = 24 if sliced == "x" else 12
+    x = lb.quantize(rng.standard_normal((rows, k), np.float32), "int8_row").to_device("cuda")
+    stacks = experts * (2 if sliced == "w" else 1)
+    w = lb.quantize(rng.standard_normal((stacks, n, k), np.float32), "int8_row").to_device("cuda")
+    p = Problem(12, n, k, w.format, w.format, "float32", device=HOPPER)
+    inner.spec, inner.format = experts_of.spec_of(p, experts), "int8_row"
+    stack = w[::2] if sliced == "w" else w
+    lb.grouped_matmul(x[::step], stack, np.array([5, 12]), out_dtype="float32")
+    assert (each == []) == (sliced == "neither")
+    assert bool(inner.launched) == (sliced == "neither")

@@ -220,3 +220,54 @@ def test_batch_invariance_keeps_the_tile() -> None:
     fmt = lb.format("fp8_row")
     found = {w8a8.spec_of(problem(m=m, x=fmt, w=fmt, batch_invariant=True)) for m in (1, 64, 8192)}
     assert len(found) == 1
+
+
+def launched(p: Problem, x: Any, w: Any, epilogue: Epilogue, out: Any) -> list[Any]:
+    machine = Watching(launch.parse(HOPPER))
+    run = kernels.choose(p, "matmul.cutlass.int8").kernel.build(p)
+    with launch.pretending(machine):
+        run(w)(x, epilogue, out)
+    return [source.library for source, *_ in machine.launched]
+
+
+def test_a_residual_that_goes_backwards_or_repeats_goes_to_another_kernel() -> None:
+    p = problem(residual="bfloat16")
+    x, w = quantized("int8_row", (512, 512), 1), quantized("int8_row", (512, 512), 2)
+    out = aligned((512, 512), ml_dtypes.bfloat16)
+    rows = aligned((512, 512), ml_dtypes.bfloat16)
+    for residual in (rows[::-1], np.broadcast_to(rows[:1], (512, 512)), rows[:, ::-1]):
+        assert launched(p, x, w, Epilogue(residual=residual), out) == [None]
+    assert launched(p, x, w, Epilogue(residual=rows), out) == ["cutlass"]
+
+
+def test_what_lies_between_one_row_and_no_next_one_is_anything() -> None:
+    p = problem(m=1, residual="bfloat16")
+    x, w = quantized("int8_row", (1, 512), 1), quantized("int8_row", (512, 512), 2)
+    out, residual = aligned((2, 512), ml_dtypes.bfloat16)
+    x = replace(x, codes=x.codes[0][None])
+    assert launched(p, x, w, Epilogue(residual=residual[None]), out[None]) == ["cutlass"]
+
+
+def test_an_alpha_beyond_float32_is_infinite_as_in_every_other_kernel() -> None:
+    p = problem()
+    x, w = quantized("int8_row", (512, 512), 1), quantized("int8_row", (512, 512), 2)
+    out = aligned((512, 512), ml_dtypes.bfloat16)
+    assert launched(p, x, w, Epilogue(alpha=1e39), out) == ["cutlass"]
+
+
+def test_zero_points_have_the_bound_of_both_ways() -> None:
+    p = problem(x=lb.format("int8_row_asym"))
+    kernel = kernels.choose(p, "matmul.cutlass.int8").kernel
+    other = next(k for k in kernels.registered() if k.name == "matmul.cuda.cublas")
+    assert kernel.roundings(p).count == other.roundings(p).count
+    refusal = kernel.accepts(replace(p, batch_invariant=True))
+    assert refusal is not None
+    assert "not aligned" in refusal
+
+
+@pytest.mark.parametrize("family", ["int8", "float8", "float8_fast"])
+def test_a_gpu_smaller_than_a_cluster(family: str) -> None:
+    fmt = lb.format("int8_row" if family == "int8" else "fp8_row")
+    p = problem(m=4096, n=4096, x=fmt, w=fmt, device="cuda:90:1")
+    kernel = kernels.choose(p, f"matmul.cutlass.{family}").kernel
+    assert kernel.cost(p) > 0

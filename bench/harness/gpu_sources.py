@@ -76,6 +76,9 @@ class Recorder:
         """Nothing."""
         return None
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
     def address(self, array: Any) -> int:
         """Where CuPy's arrays begin: at multiples of 512."""
         return 0

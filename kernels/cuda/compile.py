@@ -61,12 +61,12 @@ def cubin(source: Source, capability: int, *, driver: int | None = None) -> Cubi
         not run on it. None: any.
     """
     with _lock:
-        for arch in (architecture(capability), *_runs_too(capability)):
+        for arch in (architecture_of(source, capability), *_runs_too(capability)):
             found = _memory.get((source, arch)) or _shipped(source, arch, driver)
             if found is not None:
                 break
         else:
-            arch = architecture(capability, supported())
+            arch = architecture_of(source, capability, supported())
             found = _memory.get((source, arch)) or _cached(source, arch)
         _memory[source, arch] = found
         return found
@@ -86,6 +86,12 @@ def architecture(capability: int, known: tuple[int, ...] | None = None) -> str:
     return f"sm_{capability}{'a' if capability in _SPECIFIC else ''}"
 
 
+def architecture_of(source: Source, capability: int, known: tuple[int, ...] | None = None) -> str:
+    """Return NVRTC's name of what runs a kernel on a GPU: libraries use all that it has."""
+    arch = architecture(capability, known)
+    return f"{arch}a" if source.library is not None and arch == "sm_120" else arch
+
+
 def options_of(source: Source) -> tuple[str, ...]:
     """Return what NVRTC is told beside architecture and folders."""
     return *OPTIONS, *(_OWN if source.library is None else library.OPTIONS)
@@ -94,7 +100,7 @@ def options_of(source: Source) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def lacking(source: Source, capability: int) -> str | None:
     """Say why a kernel on a library cannot be had, and what would help; None if it can."""
-    arch = architecture(capability)
+    arch = architecture_of(source, capability)
     if library.headers() is not None or archive.exists(arch, key(source, arch)):
         return None
     return f"machine code of this one does not come with lowbit; {library.remedy()}"

@@ -170,6 +170,17 @@ class Gpu:
             )
         return out
 
+    def settle(self) -> None:
+        """Wait for the current stream; an error while it is being captured in a graph."""
+        with self._cupy.cuda.Device(self._id):
+            stream = self._cupy.cuda.get_current_stream()
+            if stream.is_capturing():
+                raise RuntimeError(
+                    "the first product of this weight makes what its kernel works with, which a "
+                    "graph cannot hold: call it once before the capture"
+                )
+            stream.synchronize()
+
     def address(self, array: Any) -> int:
         """Return where an array begins."""
         found: int = array.data.ptr

@@ -125,6 +125,9 @@ class Machine(Protocol):
     def by_value(self, data: bytes) -> Any:
         """Return an argument for a parameter that is a struct of these bytes."""
 
+    def settle(self) -> None:
+        """Wait for the current stream: what was just made is then there for every other."""
+
     def address(self, array: Any) -> int:
         """Return where an array begins, for choosing the width of loads."""
         ...

@@ -40,7 +40,14 @@ class TensorMap:
     """Bytes from one to the next, of every axis but the first."""
     box: tuple[int, ...]
     swizzle: int = 0
-    """Bytes of a row in shared memory whose sixteenths trade places."""
+    """Bytes of a row in shared memory whose pieces trade places."""
+    piece: int = 16
+    """Bytes of such a piece; 32 of rows of 128 only."""
+
+    @property
+    def swizzling(self) -> int:
+        """As CUtensorMapSwizzle numbers it."""
+        return SWIZZLES.index(self.swizzle) + (self.piece == 32)
 
 
 def encode(wanted: TensorMap) -> bytes:
@@ -58,7 +65,7 @@ def encode(wanted: TensorMap) -> bytes:
         (ctypes.c_uint32 * rank)(*wanted.box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         0,  # no interleaving
-        SWIZZLES.index(wanted.swizzle),
+        wanted.swizzling,
         2,  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
         0,  # zeros outside of the array
     )

@@ -1,7 +1,8 @@
 """Operands of Blackwell's tensor cores, which multiply blocks by their scales: text and arguments.
 
-Codes lie as lowbit has them; their scales in the order of `interleaved`. Or float8 codes with a
-scale for a row, as dense.py has them, where there is tensor memory (compute capability 10.0).
+Codes lie as lowbit has them, their scales as interleave.py of kernels/cuda leaves them. Or float8
+codes with a scale for a row, as dense.py has them, where there is tensor memory (compute capability
+10.0).
 """
 
 from __future__ import annotations
@@ -9,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from lowbit.kernels.cuda.tensor_maps import TensorMap
 from lowbit.kernels.cutlass import dense, elements, epilogue
@@ -47,7 +44,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Spec(dense.Spec):
-    """What is compiled into a kernel; `tile` is that of a pair of blocks where it has 256 rows."""
+    """What is compiled into a kernel.
+
+    `tile` is that of a pair of blocks where it has 256 rows. With scales of blocks it has no more
+    than 192 of the second operand's: two tiles' sums and the scales fill the tensor memory.
+    """
 
     @property
     def tensor_memory(self) -> bool:
@@ -70,11 +71,14 @@ class Spec(dense.Spec):
         return 256 if self.tensor_memory else 384
 
     @property
+    def room(self) -> int:
+        """Bytes of shared memory: one block has a multiprocessor for itself."""
+        return dense.SHARED if self.tensor_memory else 99 * 1024
+
+    @property
     def stored(self) -> tuple[int, int]:
         """Rows and columns of the first operand's and the second's that are written at a time."""
-        # Sums of so many columns are read while the next are made, only if 128 are read at a time.
-        wide = 128 if self.tensor_memory and self.group and self.tile[1] == 256 else 32
-        return (128 if self.tensor_memory else 64), min(wide, self.tile[1])
+        return (128 if self.tensor_memory else 64), min(32, self.tile[1])
 
 
 @dataclass(frozen=True)
@@ -82,27 +86,37 @@ class Call(dense.Call):
     """Operands of one launch."""
 
     x_scales: int = 0
-    """Where x's scales are, in the order of `interleaved`."""
+    """Where x's scales are, as interleave.py leaves them."""
     w_scales: int = 0
 
 
-def interleaved(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Scales of blocks (rows, columns) in the order in which tensor cores take them.
+def factors(name: str, *others: str) -> Node:
+    """The product of float32 numbers: `name` by value, `others` where they are.
 
-    128 rows and 4 columns are 512 bytes: row r, column c at 16 (r mod 32) + 4 (r div 32) + c. What
-    is missing there is zero.
+    The operands `others` are addresses, 0 for other.default.
     """
-    (rows, columns), (high, wide) = scales.shape, _ATOM
-    down, across = -(-rows // high), -(-columns // wide)
-    held = np.zeros((down * high, across * wide), scales.dtype)
-    held[:rows, :columns] = scales
-    return held.reshape(down, 4, 32, across, wide).transpose(0, 3, 2, 1, 4).reshape(-1)
+    count = 1 + len(others)
+    stride = "cute::Stride<cute::_0, cute::_0, int64_t>"
+    text = f"cutlass::epilogue::fusion::Sm90ScalarBroadcast<float, {stride}, {count}>"
+    parts = (("scalars", "f"), ("pointers", "Q"), ("strides", "q"))
+    layout = record(
+        *((part, record(*((str(i), kind) for i in range(count)))) for part, kind in parts)
+    )
+    operands = {name: "scalars.0"}
+    for i, other in enumerate(others, 1):
+        operands |= {other: f"pointers.{i}", f"{other}.default": f"scalars.{i}"}
+    return Node(text, layout, operands)
 
 
 @lru_cache(maxsize=256)
 def finish(spec: Spec) -> Node:
-    """activation(alpha * sum + bias) + residual; with scales of rows what dense.py computes."""
-    return dense.finished(spec, epilogue.SUM) if spec.group else dense.finish(spec)
+    """activation(alpha * sum + bias) + residual; with scales of rows what dense.py computes.
+
+    alpha is multiplied by the operands' second scales.
+    """
+    if not spec.group:
+        return dense.finish(spec)
+    return dense.finished(spec, epilogue.SUM, factors("alpha", "x_factor", "w_factor"))
 
 
 @lru_cache(maxsize=256)
@@ -249,9 +263,11 @@ def _result(spec: Spec, call: Call, given: Matrices, dtype: str) -> TensorMap:
     (rows, columns), size = spec.stored, BITS[dtype] // 8
     wide, high = (rows, columns) if spec.turned else (columns, rows)
     wide = min(wide, _ROW // size)
+    # Tensor memory hands 32-bit numbers over by columns in pieces of 32 bytes.
+    piece = 32 if spec.tensor_memory and spec.turned and size == 4 else 16
     return TensorMap(
         dtype, given.address, (call.n, call.m, call.batches), (given.pitch, given.batch),
-        (wide, high, 1), wide * size,
+        (wide, high, 1), wide * size, piece,
     )  # fmt: skip
 
 

@@ -145,6 +145,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
         scales: Any = w.scales
         if spec.w_rows < _W[0]:
             scales = scales.repeat(_W[0] // spec.w_rows, 0)
+            machine.settle()
 
         def argument(at: Places) -> tuple[Grid, bytearray]:
             call = Call(

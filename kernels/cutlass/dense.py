@@ -82,10 +82,11 @@ def finish(spec: Spec) -> Node:
     return finished(spec, scaled)
 
 
-def finished(spec: Spec, scaled: Node) -> Node:
+def finished(spec: Spec, scaled: Node, alpha: Node | None = None) -> Node:
     """activation(alpha * scaled + bias) + residual."""
     w = "rows" if spec.turned else "columns"
-    steps = [(epilogue.FMA, [epilogue.scalar("alpha"), None, epilogue.along(w, "bias")])]
+    alpha = epilogue.scalar("alpha") if alpha is None else alpha
+    steps = [(epilogue.FMA, [alpha, None, epilogue.along(w, "bias")])]
     if spec.activation is not None:
         steps.append((f"lb::visitors::{spec.activation}", [None]))
     if spec.residual is not None:

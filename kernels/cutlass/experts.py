@@ -101,7 +101,7 @@ def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
         function, address = machine.function(named), machine.address
         weight = Matrices(address(w.codes), w.codes.strides[1], w.codes.strides[0])
         own = int(w.scales[0].size > 1)
-        steady = launcher.steady(machine, w.codes) and w.codes.strides[1] % launcher.PIECE == 0
+        steady = launcher.steady(machine, w.codes) and w.codes.strides[0] % launcher.PIECE == 0
         scales = {
             "w_scale": address(w.scales),
             "w_scale.step": own,

@@ -26,6 +26,8 @@ class Places(NamedTuple):
     x_step: int
     """1 where every row has its own scale, 0 where one is for all."""
     x_zero: int
+    x_factor: int
+    """Where the number is that all of x's scales are multiplied by."""
     out: int
     out_pitch: int
     bias: int
@@ -69,26 +71,29 @@ def runner(
         return None if made is None else (made[0], (machine.by_value(bytes(made[1])),))
 
     def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-        codes, scale, step, zero = x, 0, 0, 0
+        codes, scale, step, zero, factor = x, 0, 0, 0, 0
         if isinstance(x, Packed):
             codes = x.codes
             scale, step = address(x.scales), int(x.scales.size > 1)
             zero = 0 if x.zeros is None else address(x.zeros)
+            factor = 0 if x.tensor_scale is None else address(x.tensor_scale)
         bias, residual = epilogue.bias, epilogue.residual
-        pitch, along = codes.strides
+        pitch, out_pitch = pitch_of(codes), pitch_of(out)
+        added_pitch = 0 if residual is None else pitch_of(residual)
         found = None
-        if along == codes.itemsize and pitch >= along * codes.shape[1]:
+        if pitch and out_pitch and (added_pitch or residual is None):
             found = prepared(
                 address(codes),
                 pitch,
                 scale,
                 step,
                 zero,
+                factor,
                 address(out),
-                out.strides[0],
+                out_pitch,
                 0 if bias is None else address(bias),
                 0 if residual is None else address(residual),
-                0 if residual is None else residual.strides[0],
+                added_pitch,
                 address(machine.scratch(partial)) if partial else 0,
                 address(machine.counters(locks)) if locks else 0,
                 epilogue.alpha,
@@ -101,9 +106,20 @@ def runner(
     return run
 
 
+def pitch_of(rows: Array) -> int:
+    """Bytes from a row to the next; 0 where rows have gaps, overlap or go backwards."""
+    pitch, along = rows.strides[-2:]
+    least: int = rows.shape[-1] * rows.itemsize
+    if along != rows.itemsize:
+        return 0
+    # What lies between the only row and the next one is anything.
+    return least if rows.shape[-2] == 1 else pitch if pitch >= least else 0
+
+
 def steady(machine: Machine, rows: Array) -> bool:
-    """Whether a weight's rows begin at multiples of PIECE."""
-    return (machine.address(rows) | rows.strides[0]) % PIECE == 0
+    """Whether rows begin at multiples of PIECE, one behind the other."""
+    pitch = pitch_of(rows)
+    return pitch > 0 and (machine.address(rows) | pitch) % PIECE == 0
 
 
 def refuse_rows(p: Problem) -> str | None:

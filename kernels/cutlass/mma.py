@@ -233,6 +233,7 @@ def _scales(machine: Machine, scales: Array, rows: int) -> Array:
         return scales
     found: Array = machine.empty((rows,), np.float32)
     found[...] = scales.reshape(1)
+    machine.settle()
     return found
 
 

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 Value = int | float | bytes
 
 
@@ -55,6 +57,9 @@ def pack(layout: Layout, values: Mapping[str, Value]) -> bytearray:
     data = bytearray(layout.size)
     for path, value in values.items():
         offset, code = layout.members[path]
+        if code == "f":
+            with np.errstate(over="ignore"):
+                value = float(np.float32(value))  # infinite, where Python's pack would refuse
         struct.pack_into("<" + code, data, offset, value)
     return data
 

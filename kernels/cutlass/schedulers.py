@@ -94,7 +94,7 @@ def grid(tiling: Tiling, processors: int) -> tuple[int, int, int]:
     """Blocks to launch: as many as stay, or one for every tile."""
     (m, n), (a, b) = tiling.blocks, tiling.cluster
     total = m * n * tiling.batches
-    staying = processors if a * b == 1 else resident(processors, a * b)
+    staying = max(a * b, processors if a * b == 1 else resident(processors, a * b))
     if tiling.along_m:
         return min(staying // b, total // b), b, 1
     return a, min(staying // a, total // a), 1

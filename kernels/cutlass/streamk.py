@@ -76,8 +76,9 @@ class Sharing:
     @property
     def most(self) -> int:
         """Blocks that any tile has."""
-        # A unit may end just after a tile begins, and another one begin just before it ends.
-        return -(-self.units // self.tiles) + 1 if self.tiles else self.splits
+        # A unit may end just after a tile begins, and another one begin just before it ends; and
+        # units differ by a step.
+        return -(-self.units // self.tiles) + 2 if self.tiles else self.splits
 
     def partial(self, tiling: Tiling) -> int:
         """Tiles that hold sums of some of their columns."""
@@ -88,7 +89,7 @@ class Sharing:
 def grid(tiling: Tiling, processors: int) -> tuple[int, int, int]:
     """Blocks to launch: as many as stay."""
     a, b = tiling.cluster
-    staying = processors if a * b == 1 else resident(processors, a * b)
+    staying = max(a * b, processors if a * b == 1 else resident(processors, a * b))
     return (staying // b, b, 1) if tiling.along_m else (a, staying // a, 1)
 
 

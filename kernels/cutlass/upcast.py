@@ -35,10 +35,10 @@ from lowbit.kernels.declare import (
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common
 
 _TERMS = 16  # of one instruction on 16-bit numbers
+_FLOAT = "cutlass::float_e4m3_t"
 _LARGEST = 448.0  # number of float8_e4m3fn
 _X = {"bfloat16": "cutlass::bfloat16_t", "float16": "cutlass::half_t"}
 _FOURS = "cutlass::int4b_t", "cutlass::uint4b_t"
-_E4M3 = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -162,19 +162,25 @@ def _accepts(family: Family, p: Problem) -> str | None:
         return refusal
     if elements.name(p.w.element) not in family.weights:
         return f"wants weights of {family.words}, got {p.w.name}"
-    refusal = _refuse_scales(family, p) or launcher.refuse_rows(p)
+    refusal = _refuse_scales(family, p) or launcher.refuse_rows(p) or _refuse_otherwise(family, p)
     if refusal is None and _best(family, p) is None:
         spec = spec_with(family, p, tiles.listed(family.name)[0])
         return compile.lacking(source(spec), device.capability)
     return refusal
 
 
+def _refuse_otherwise(family: Family, p: Problem) -> str | None:
+    """What the kernel refuses that computes where memory is not aligned."""
+    return integer.KERNELS[0].accepts(p) if family is _INT8 else gemm.refuse(p)
+
+
 def _refuse_x(family: Family, p: Problem) -> str | None:
     if family is _SIXTEEN:
         return None if p.x in _X else f"wants bfloat16 or float16 x, got {_named(p.x)}"
-    wanted = "int8" if family is _INT8 else "float8_e4m3fn"
-    if isinstance(p.x, str) or p.x.element.name != wanted or p.x.zero is not None or p.x.bias:
-        return f"wants x of {wanted} without zero points, got {_named(p.x)}"
+    wanted, given = ("int8_t", "int8") if family is _INT8 else (_FLOAT, "float8_e4m3fn")
+    coded = not isinstance(p.x, str) and elements.name(p.x.element) == wanted
+    if isinstance(p.x, str) or not coded or p.x.zero is not None or p.x.bias:
+        return f"wants x of {given} without zero points, got {_named(p.x)}"
     (rows, columns), kind = p.x.scale.block, p.x.scale.element
     if kind != "float32" or p.x.tensor_scale or rows not in (1, None):
         return f"reads one float32 scale for a row of x or for all rows, {p.x.name} has others"
@@ -194,7 +200,9 @@ def _refuse_scales(family: Family, p: Problem) -> str | None:
     if family is _FLOAT8 and (w.zero is not None or w.bias):
         return f"wants no zero points and no block biases, {w.name} has them"
     if family is _FLOAT8 and grouped:
-        if elements.name(w.element) != _FOURS[0] or getattr(w.scale.element, "name", "") != _E4M3:
+        kind = w.scale.element
+        tables = isinstance(kind, Element) and elements.name(kind) == _FLOAT
+        if elements.name(w.element) != _FOURS[0] or not tables:
             return f"wants int4 with float8_e4m3fn scales where they are of groups, got {w.name}"
     elif tabled or w.tensor_scale:
         return f"reads scales of a float dtype and no second one for all, got {w.name}"
@@ -245,6 +253,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
         if not launcher.steady(machine, w.codes):
             return raw
         weight = weights.laid(machine, spec.scale, w)
+        machine.settle()
         codes, scales, zeros = (
             Matrices(0, 0) if each is None else Matrices(machine.address(each), each.strides[0])
             for each in (weight.codes, weight.scales, weight.zeros)

@@ -117,6 +117,8 @@ def _accepts(family: str, p: Problem) -> str | None:
             return f"reads one float32 scale for a row or for all rows, {side.name} has others"
     if segment_of(p) < p.k:
         return f"scales must not change along the columns, they change every {segment_of(p)}"
+    if shifted and p.batch_invariant:
+        return "where memory is not aligned, x with zero points goes to the vendor's library"
     if family == "int8" and _longest(p) < p.k:
         return f"sums of {p.k} columns do not surely fit in int32"
     refusal = launcher.refuse_rows(p)
@@ -168,7 +170,10 @@ def bind(p: Problem, spec: Spec) -> Bind:
             return raw
         weight = Matrices(machine.address(w.codes), w.codes.strides[0])
         w_scale = machine.address(w.scales), int(w.scales.size > 1)
-        sums = None if spec.x_zero is None else row_sums(w.codes.view(np.int8))
+        sums = None
+        if spec.x_zero is not None:
+            sums = row_sums(w.codes.view(np.int8))
+            machine.settle()
 
         def argument(at: Places) -> tuple[launcher.Grid, bytearray]:
             finish = dense.operands((at.x_scale, at.x_step), w_scale, at.alpha, at.bias)
@@ -190,7 +195,11 @@ def bind(p: Problem, spec: Spec) -> Bind:
 
 def _roundings(family: str, p: Problem) -> Roundings:
     if family == "int8":
-        return integer_roundings(p, p.k)
+        exact = integer_roundings(p, p.k)
+        if getattr(p.x, "zero", None) is None:
+            return exact
+        other = cublas.KERNELS[0].roundings(p)
+        return replace(other, note=f"{exact.note}; or, where memory is not aligned, {other.note}")
     longest = p.k if family == "float8_fast" else float8.LONGEST
     segments, most = -(-p.k // longest), _tile(family, p).sharing(p).most
     return Roundings(

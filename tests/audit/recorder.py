@@ -80,6 +80,9 @@ class Recorder:
         """Nothing."""
         return None
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
     def address(self, array: Any) -> int:
         """As CuPy's memory: 512-byte aligned, and views of it where they are."""
         base = array

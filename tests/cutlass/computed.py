@@ -60,3 +60,16 @@ def finished(
     result = result.astype(np.float32)
     result = np.maximum(result, 0) if activation else result
     return result if residual is None else result + residual.astype(np.float32)
+
+
+def interleaved(scales: Array) -> Array:
+    """Scales of blocks (rows, columns) in the order in which tensor cores take them.
+
+    128 rows and 4 columns are 512 bytes: row r, column c at 16 (r mod 32) + 4 (r div 32) + c. What
+    is missing there is zero.
+    """
+    (rows, columns), (high, wide) = scales.shape, (128, 4)
+    down, across = -(-rows // high), -(-columns // wide)
+    held = np.zeros((down * high, across * wide), scales.dtype)
+    held[:rows, :columns] = scales
+    return held.reshape(down, 4, 32, across, wide).transpose(0, 3, 2, 1, 4).reshape(-1)

@@ -17,7 +17,7 @@ from recorder import Recorder
 
 from lowbit.kernels.cuda import compile
 from lowbit.kernels.cuda.launch import Device, Source
-from lowbit.kernels.cuda.tensor_maps import KINDS, SWIZZLES, TensorMap
+from lowbit.kernels.cuda.tensor_maps import KINDS, TensorMap
 from lowbit.kernels.cutlass import library
 from lowbit.kernels.cutlass.epilogue import Node
 from lowbit.kernels.cutlass.records import Value
@@ -43,7 +43,7 @@ def recorded(wanted: TensorMap) -> bytes:
 
     return struct.pack(
         f"{_RECORDED}34x", wanted.address, *five(wanted.sizes), *five(wanted.strides, 4),
-        *five(wanted.box), KINDS.index(wanted.kind), rank, SWIZZLES.index(wanted.swizzle), 1,
+        *five(wanted.box), KINDS.index(wanted.kind), rank, wanted.swizzling, 1,
     )  # fmt: skip
 
 
@@ -126,6 +126,8 @@ SELECT = {
     "steps.step": "step({})",
     "steps.batch": "cute::get<2>(steps({}, 0))",
     "scalars": "{}.scalars[0]",
+    **{f"scalars.{i}": f"{{}}.scalars[{i}]" for i in range(3)},
+    **{f"pointers.{i}": f"{{}}.scalar_ptrs[{i}]" for i in range(3)},
 }
 """Of a visitor's arguments, by the name of its member in epilogue.py."""
 

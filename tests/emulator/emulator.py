@@ -156,6 +156,9 @@ class Emulator:
         """Zeros of any size that take memory only where written; kernels get them uncopied."""
         return sparse(shape, dtype)
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
     def address(self, array: Array) -> int:
         """Where an array begins; its copy begins at the same address modulo 16."""
         return array.ctypes.data
