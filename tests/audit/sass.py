@@ -22,6 +22,7 @@ LIMITS = {
     "sm_90a": (228, 64, 32),
     "sm_100a": (228, 64, 32),
     "sm_120": (100, 48, 24),
+    "sm_120a": (100, 48, 24),
 }
 RESERVED = 1024  # bytes of shared memory that CUDA takes for each block
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?!@!PT)(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
