@@ -365,3 +365,16 @@ def test_a_tensor_map_of_an_odd_address_is_refused(cupy, driver):
 def test_what_the_driver_refuses_all_the_same_is_an_error(cupy, driver):
     with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: CUDA error 1"):
         gpu.machine(0).tensor_map(aligned((8, 4096), np.uint8), (8, 64), swizzle=0)
+
+
+def test_settling_waits_for_the_current_stream_and_refuses_a_capture(cupy):
+    waited = []
+    cupy.stream = SimpleNamespace(
+        ptr=7, is_capturing=lambda: False, synchronize=lambda: waited.append(7)
+    )
+    gpu.machine(0).settle()
+    assert waited == [7]
+    cupy.stream.is_capturing = lambda: True
+    with pytest.raises(RuntimeError, match="call it once before the capture"):
+        gpu.machine(0).settle()
+    assert waited == [7]
