@@ -13,6 +13,7 @@ from lowbit.kernels.cutlass import elements, visitors
 from lowbit.kernels.cutlass.dense import Call, Matrices
 from lowbit.kernels.cutlass.epilogue import FMA, Node
 from lowbit.kernels.cutlass.records import Layout, Value, pack, record
+from lowbit.kernels.cutlass.schedulers import log_swizzle
 
 _PIECE = 16  # bytes that cp.async copies at a time
 _SWIZZLE = 8  # most tiles side by side that blocks take before they go on
@@ -174,7 +175,7 @@ def values(spec: Spec, call: Call) -> dict[str, Value]:
     return {
         "shape.m": call.m, "shape.n": call.n, "shape.k": call.k,
         "tiles.m": tiles_m, "tiles.n": tiles_n, "tiles.k": call.batches,
-        "log_swizzle": _log_swizzle(tiles_n),
+        "log_swizzle": log_swizzle(tiles_n),
         "mode": _BATCHED if batched else _SINGLE,
         "batches": call.batches,
         "columns": call.k,
@@ -190,10 +191,6 @@ def values(spec: Spec, call: Call) -> dict[str, Value]:
 def _tiles(spec: Spec, call: Call) -> tuple[int, int]:
     m, n, _ = spec.tile
     return -(-call.m // m), -(-call.n // n)
-
-
-def _log_swizzle(tiles: int) -> int:
-    return next((s for s, least in ((3, 6), (2, 3), (1, 2)) if tiles >= least), 0)
 
 
 def _matrix(name: str, found: Matrices, dtype: str) -> dict[str, Value]:
@@ -227,5 +224,5 @@ def arguments(spec: Spec, call: Call) -> bytearray:
 def grid(spec: Spec, call: Call) -> tuple[int, int, int]:
     """Blocks to launch."""
     tiles_m, tiles_n = _tiles(spec, call)
-    wide = 1 << _log_swizzle(tiles_n)
+    wide = 1 << log_swizzle(tiles_n)
     return tiles_m * wide, -(-tiles_n // wide), call.batches

@@ -27,6 +27,11 @@ PERSISTENT = record(
 """cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90Params."""
 
 
+def log_swizzle(tiles: int) -> int:
+    """Of the widest swizzle that so many tiles have room for."""
+    return next((s for s, least in _ROOM if tiles >= least), 0)
+
+
 @dataclass(frozen=True)
 class Tiling:
     """Tiles of a result, in blocks, rounded up to whole clusters."""
@@ -42,14 +47,7 @@ class Tiling:
     def log_swizzle(self) -> int:
         """Of the swizzle that there is room for."""
         small = min(self._clustered)
-        return next(
-            (
-                s
-                for s, least in ((3, 6), (2, 3), (1, 2))
-                if self.swizzle >= 1 << s and small >= least
-            ),
-            0,
-        )
+        return min(log_swizzle(small), self.swizzle.bit_length() - 1)
 
     @property
     def _clustered(self) -> tuple[int, int]:
