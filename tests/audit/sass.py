@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from lowbit.kernels.cuda import compile
 from lowbit.kernels.cuda.compile import Cubin
@@ -88,6 +88,7 @@ def count(found: Counter[str], pattern: str) -> int:
     return sum(times for name, times in found.items() if re.match(pattern, name))
 
 
+@lru_cache(maxsize=4)  # several questions about one kernel follow each other
 def _run(name: str, option: str, cubin: Cubin) -> str:
     program = tool(name)
     assert program is not None, missing()
