@@ -86,6 +86,7 @@ def test_texts_are_the_same_in_every_process() -> None:
 
 
 @pytest.mark.skipif(library.headers() is None, reason="wants the package nvidia-cutlass")
+@pytest.mark.timeout(900)  # a minute where nothing else runs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None, family: str) -> None:
     if compile.missing() is not None:
