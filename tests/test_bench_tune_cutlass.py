@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lowbit.kernels.cuda import costs, launch
-from lowbit.kernels.cutlass import library, tiles
+from lowbit.kernels.cutlass import package, tiles
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "bench")]
 tune_cutlass = importlib.import_module("tune_cutlass")
@@ -50,7 +50,7 @@ class NumPy:
         return np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-@pytest.mark.skipif(library.headers() is None, reason="compiles what the package does not bring")
+@pytest.mark.skipif(package.headers() is None, reason="compiles what the package does not bring")
 @pytest.mark.parametrize("family", tune_cutlass.WAYS)
 def test_every_tile_is_timed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_cutlass, "COLUMNS", 128)

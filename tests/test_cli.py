@@ -18,7 +18,7 @@ import lowbit
 from lowbit.cli import app, diagnosis
 from lowbit.kernels.cpu import pool
 from lowbit.kernels.cuda import archive, compile, gpu
-from lowbit.kernels.cutlass import library
+from lowbit.kernels.cutlass import package
 
 ROOT = Path(__file__).parent.parent
 
@@ -251,10 +251,10 @@ def test_doctor_looks_for_what_compiles_kernels(monkeypatch):
     assert diagnosis._nvrtc().remedy == 'pip install "lowbit[cuda13]"'
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
     assert diagnosis._cublas().remedy == f"cuBLAS is not found: {compile.remedy()}"
-    monkeypatch.setattr(library, "headers", lambda: None)
+    monkeypatch.setattr(package, "headers", lambda: None)
     assert 'pip install "lowbit[cutlass]"' in diagnosis._cutlass().value
-    monkeypatch.setattr(library, "headers", lambda: Path("there"))
-    assert diagnosis._cutlass().value == f"headers of CUTLASS {library.RELEASE} in there"
+    monkeypatch.setattr(package, "headers", lambda: Path("there"))
+    assert diagnosis._cutlass().value == f"headers of CUTLASS {package.RELEASE} in there"
     libraries = SimpleNamespace(cublas=None)
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
     assert diagnosis._cublas().remedy is None

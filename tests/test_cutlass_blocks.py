@@ -21,7 +21,7 @@ from lowbit import kernels
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import blocks, blockwise, dense, library, tiles
+from lowbit.kernels.cutlass import blocks, blockwise, dense, package, tiles
 from lowbit.kernels.cutlass.blocks import Call, Spec
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.schedulers import grid
@@ -182,7 +182,7 @@ def problem(**changed: Any) -> Problem:
     return Problem(**{**given, **changed})
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
@@ -249,14 +249,14 @@ REFUSALS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("words", REFUSALS)
 def test_what_is_refused_is_said_why(words: str) -> None:
     (kernel,) = blockwise.KERNELS
-    if library.headers() is not None:
+    if package.headers() is not None:
         assert kernel.accepts(problem()) is None
     refusal = kernel.accepts(problem(**REFUSALS[words]))
     assert refusal is not None
     assert words in refusal
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 def test_products_of_many_rows_go_there() -> None:
     for m in (128, 512, 8192):
         found = kernels.choose(problem(m=m, n=4096, k=7168)).kernel

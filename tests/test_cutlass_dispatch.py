@@ -10,7 +10,7 @@ import pytest
 import lowbit as lb
 from lowbit import formats, kernels
 from lowbit.kernels import Kernel, Problem
-from lowbit.kernels.cutlass import library
+from lowbit.kernels.cutlass import package
 
 ON_CUTLASS = [k for k in kernels.registered() if k.name.startswith("matmul.cutlass.")]
 OTHERS = {k.name: k for k in kernels.registered()}
@@ -43,7 +43,7 @@ def test_what_is_accepted_has_a_price_a_bound_and_words(kernel: Kernel) -> None:
         assert kernel.describe is not None
         assert kernel.describe(p)
         found += 1
-    assert found or library.headers() is None
+    assert found or package.headers() is None
 
 
 @pytest.mark.parametrize("kernel", ON_CUTLASS, ids=lambda k: k.name)
@@ -61,7 +61,7 @@ def test_what_computes_where_memory_is_not_aligned_accepts_it_too(kernel: Kernel
 def test_nothing_is_lost_where_the_package_has_no_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.kernels.cuda import compile
 
-    monkeypatch.setattr(library, "headers", lambda: None)
+    monkeypatch.setattr(package, "headers", lambda: None)
     compile.lacking.cache_clear()
     try:
         for kernel in ON_CUTLASS:

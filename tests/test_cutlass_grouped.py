@@ -24,7 +24,7 @@ from lowbit import grouped as grouped_module
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import dense, grouped, library
+from lowbit.kernels.cutlass import dense, grouped, package
 from lowbit.kernels.cutlass import experts as experts_of
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.grouped import Call, Rows, Spec
@@ -158,7 +158,7 @@ class Machine(host.Watching):
         self.memory = placed(np.zeros(1 << 20, np.int32))
 
     def function(self, source: launch.Source) -> Any:
-        if source.library is None:
+        if source.headers is None:
             return self.emulator.function(source)
         watched = super().function(source)
 
@@ -228,7 +228,7 @@ class Launched:
             out[...] = result.astype(dtype)
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @pytest.mark.parametrize("mean", [3, 20, 50, 150, 220])
 @pytest.mark.parametrize("fmt", ["int8_row", "fp8_row", "fp8_tensor"])
 def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: int) -> None:
@@ -290,7 +290,7 @@ class Cupy(fake_cupy.Machine):
         return data
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("x_format", [None, "int8_row"])
 def test_one_launch_serves_all_groups(
@@ -338,7 +338,7 @@ def test_other_groups_take_a_launch_each(emulator: Any, monkeypatch: pytest.Monk
     np.testing.assert_array_equal(got.get(), wanted)
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: Any) -> None:
     experts, most, n, k = 3, 40, 72, 160
     counts = np.array([40, 0, 7], np.int32)
@@ -358,7 +358,7 @@ def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: An
         assert not out[rest].any()
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @pytest.mark.parametrize("sliced", ["x", "x backwards", "w", "neither"])
 def test_what_has_gaps_takes_a_launch_each(
     emulator: Any, monkeypatch: pytest.MonkeyPatch, sliced: str

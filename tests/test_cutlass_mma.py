@@ -18,7 +18,7 @@ import lowbit as lb
 from lowbit import kernels
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import ampere, library, mma
+from lowbit.kernels.cutlass import ampere, mma, package
 
 Array = Any
 AMPERE, ADA = "cuda:80:108", "cuda:89:128"
@@ -78,7 +78,7 @@ class Launched:
         out[...] = result.astype(out.dtype)
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
@@ -160,7 +160,7 @@ def test_what_is_refused_is_said_why(words: str) -> None:
 def test_without_headers_only_what_the_package_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.kernels.cuda import archive, compile
 
-    monkeypatch.setattr(library, "headers", lambda: None)
+    monkeypatch.setattr(package, "headers", lambda: None)
     monkeypatch.setattr(archive, "exists", lambda arch, key: False)
     compile.lacking.cache_clear()
     try:
@@ -193,7 +193,7 @@ def test_memory_that_is_not_read_in_pieces_goes_to_another_kernel(odd: str) -> N
     build = kernels.choose(p, "matmul.cutlass.mma_int8").kernel.build(p)
     with launch.pretending(machine):
         build(w)(x, Epilogue(bias=bias), out)
-    assert [source.library for source, *_ in machine.launched] == [None]
+    assert [source.headers for source, *_ in machine.launched] == [None]
 
 
 def test_few_rows_take_small_tiles() -> None:

@@ -19,7 +19,7 @@ from lowbit import kernels
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import compile, interleave, launch
-from lowbit.kernels.cutlass import blackwell, library, scaled
+from lowbit.kernels.cutlass import blackwell, package, scaled
 from lowbit.kernels.cutlass.blackwell import KINDS, Spec
 
 Array = Any
@@ -107,7 +107,7 @@ class Launched:
         out[...] = result.astype(out.dtype)
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
@@ -198,4 +198,4 @@ def test_few_rows_take_small_tiles() -> None:
 def test_libraries_use_all_of_a_gpu() -> None:
     spec = scaled.spec_of(FAMILIES["nvfp4"], problem(device="cuda:120:170"))
     assert compile.architecture_of(scaled.source(spec), 120) == "sm_120a"
-    assert compile.architecture_of(replace(scaled.source(spec), library=None), 120) == "sm_120"
+    assert compile.architecture_of(replace(scaled.source(spec), headers=None), 120) == "sm_120"

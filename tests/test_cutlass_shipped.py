@@ -15,8 +15,8 @@ import sass
 from lowbit.kernels.cuda import archive, compile, elf
 from lowbit.kernels.cuda.compile import Cubin
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass import dense, library
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass import dense, package
+from lowbit.kernels.cutlass.package import Shipped
 
 FAMILIES = cubins.families()
 ALONE = cubins.alone()
@@ -85,7 +85,7 @@ def test_texts_are_the_same_in_every_process() -> None:
     assert done.stdout.strip() == str(sorted(ALONE)), done.stderr
 
 
-@pytest.mark.skipif(library.headers() is None, reason="wants the package nvidia-cutlass")
+@pytest.mark.skipif(package.headers() is None, reason="wants the package nvidia-cutlass")
 @pytest.mark.timeout(900)  # a minute where nothing else runs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None, family: str) -> None:

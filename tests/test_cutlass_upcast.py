@@ -19,7 +19,7 @@ from lowbit import kernels
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import library, mixed, tiles, upcast, weights
+from lowbit.kernels.cutlass import mixed, package, tiles, upcast, weights
 from lowbit.kernels.cutlass.mixed import BITS, Spec
 from lowbit.testing import magnitudes
 
@@ -48,7 +48,7 @@ X = {
     "upcast_float8": ["fp8_row", "fp8_tensor"],
 }
 needs_headers = pytest.mark.skipif(
-    library.headers() is None, reason="chooses among kernels that it may compile"
+    package.headers() is None, reason="chooses among kernels that it may compile"
 )
 
 
@@ -188,7 +188,7 @@ def test_what_is_launched_computes_the_product(family: str, fmt: str, data: st.D
         run = kernel.build(p)(w)
         run(x, Epilogue(alpha, bias, activation, residual), out)
     ((source, grid, argument),) = machine.launched
-    assert source.library == "cutlass"
+    assert source.headers == "cutlass"
     assert np.prod(grid) <= 132
     spec = upcast.spec_of({f.name: f for f in upcast.FAMILIES}[family], p)
     assert source == upcast.source(spec)
@@ -357,7 +357,7 @@ def test_memory_that_tma_does_not_read_goes_to_another_kernel() -> None:
         build(w)(odd, Epilogue(), out)
         build(replace(w, codes=codes))(x, Epilogue(), out)
         build(w)(x, Epilogue(), out)
-    assert [source.library for source, *_ in machine.launched] == [None, None, "cutlass"]
+    assert [source.headers for source, *_ in machine.launched] == [None, None, "cutlass"]
 
 
 def test_tiles_hold_whole_rows_of_memory() -> None:

@@ -19,7 +19,7 @@ import lowbit as lb
 from lowbit import kernels
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import dense, library, tiles, w8a8
+from lowbit.kernels.cutlass import dense, package, tiles, w8a8
 
 Array = Any
 HOPPER = "cuda:90:132"
@@ -77,7 +77,7 @@ class Launched:
         out[...] = result.astype(out.dtype)
 
 
-@pytest.mark.skipif(library.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
@@ -171,7 +171,7 @@ def test_what_is_refused_is_said_why(words: str) -> None:
 def test_without_headers_only_what_the_package_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.kernels.cuda import archive, compile
 
-    monkeypatch.setattr(library, "headers", lambda: None)
+    monkeypatch.setattr(package, "headers", lambda: None)
     monkeypatch.setattr(archive, "exists", lambda arch, key: False)
     compile.lacking.cache_clear()
     try:
@@ -203,7 +203,7 @@ def test_memory_that_tma_does_not_read_goes_to_another_kernel() -> None:
     with launch.pretending(machine):
         build(w)(replace(x, codes=odd), Epilogue(), out)
         build(replace(w, codes=odd))(x, Epilogue(), out)
-    assert [source.library for source, *_ in machine.launched] == [None, None]
+    assert [source.headers for source, *_ in machine.launched] == [None, None]
 
 
 def test_explain_shows_tile_and_waves() -> None:
@@ -227,7 +227,7 @@ def launched(p: Problem, x: Any, w: Any, epilogue: Epilogue, out: Any) -> list[A
     run = kernels.choose(p, "matmul.cutlass.int8").kernel.build(p)
     with launch.pretending(machine):
         run(w)(x, epilogue, out)
-    return [source.library for source, *_ in machine.launched]
+    return [source.headers for source, *_ in machine.launched]
 
 
 def test_a_residual_that_goes_backwards_or_repeats_goes_to_another_kernel() -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from lowbit.kernels import objects
 from lowbit.kernels.cuda import archive, elf
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass import library
+from lowbit.kernels.cutlass import package
 
 FOLDER = Path(__file__).parent
 OPTIONS = (
@@ -89,21 +89,21 @@ def architecture(capability: int, known: tuple[int, ...] | None = None) -> str:
 def architecture_of(source: Source, capability: int, known: tuple[int, ...] | None = None) -> str:
     """Return NVRTC's name of what runs a kernel on a GPU: libraries use all that it has."""
     arch = architecture(capability, known)
-    return f"{arch}a" if source.library is not None and arch == "sm_120" else arch
+    return f"{arch}a" if source.headers is not None and arch == "sm_120" else arch
 
 
 def options_of(source: Source) -> tuple[str, ...]:
     """Return what NVRTC is told beside architecture and folders."""
-    return *OPTIONS, *(_OWN if source.library is None else library.OPTIONS)
+    return *OPTIONS, *(_OWN if source.headers is None else package.OPTIONS)
 
 
 @lru_cache(maxsize=4096)
 def lacking(source: Source, capability: int) -> str | None:
     """Say why a kernel on a library cannot be had, and what would help; None if it can."""
     arch = architecture_of(source, capability)
-    if library.headers() is not None or archive.exists(arch, key(source, arch)):
+    if package.headers() is not None or archive.exists(arch, key(source, arch)):
         return None
-    return f"machine code of this one does not come with lowbit; {library.remedy()}"
+    return f"machine code of this one does not come with lowbit; {package.remedy()}"
 
 
 def key(source: Source, arch: str) -> str:
@@ -128,7 +128,7 @@ def included(text: str) -> tuple[tuple[str, str], ...]:
 
 @cache
 def _header(name: str) -> str | None:
-    paths = (FOLDER / name, library.FOLDER / name)
+    paths = (FOLDER / name, package.FOLDER / name)
     return next((p.read_text(encoding="utf-8") for p in paths if p.exists()), None)
 
 
@@ -141,11 +141,11 @@ def nvrtc_said(source: Source, arch: str) -> tuple[Cubin, str]:
     """Compile, and return what the compiler had to say as well."""
     binding = _binding()
     folders = includes()
-    if source.library is not None:
-        found = library.headers()
+    if source.headers is not None:
+        found = package.headers()
         if found is None:
-            raise CompileError(f"{source.name} for {arch} includes CUTLASS: {library.remedy()}")
-        folders = (str(library.FOLDER), str(found), *folders)
+            raise CompileError(f"{source.name} for {arch} includes CUTLASS: {package.remedy()}")
+        folders = (str(package.FOLDER), str(found), *folders)
     options = (
         f"--gpu-architecture={arch}",
         *options_of(source),
@@ -261,7 +261,7 @@ def _usable(arch: str, driver: int | None, alone: str | None = None) -> archive.
 
 def _shipped(source: Source, arch: str, driver: int | None) -> Cubin | None:
     name = key(source, arch)
-    made = _usable(arch, driver, None if source.library is None else name)
+    made = _usable(arch, driver, None if source.headers is None else name)
     found = None if made is None else made.cubins.get(name)
     return None if found is None else Cubin(*found)
 

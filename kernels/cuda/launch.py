@@ -29,7 +29,7 @@ class Source:
     """Of a block."""
     shared: int = 0
     """Bytes of dynamic shared memory."""
-    library: str | None = None
+    headers: str | None = None
     """"cutlass" where the text includes CUTLASS's headers."""
 
 

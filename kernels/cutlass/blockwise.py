@@ -18,7 +18,7 @@ from lowbit.kernels.cutlass import blocks, dense, elements, launcher, tiles
 from lowbit.kernels.cutlass.blocks import Call, Spec
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Grid, Places
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Kernel, Problem, Roundings, Run
 from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common

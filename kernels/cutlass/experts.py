@@ -18,7 +18,7 @@ from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, grouped, launcher, w8a8
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.grouped import Call, Rows, Spec
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import Array, Epilogue, Problem
 

@@ -20,7 +20,7 @@ from lowbit.kernels.cutlass import ampere, elements, launcher, tiles
 from lowbit.kernels.cutlass.ampere import Spec
 from lowbit.kernels.cutlass.dense import Call, Matrices
 from lowbit.kernels.cutlass.launcher import Grid, Places
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,

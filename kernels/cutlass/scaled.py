@@ -24,7 +24,7 @@ from lowbit.kernels.cutlass import blackwell, dense, elements, launcher, tiles
 from lowbit.kernels.cutlass.blackwell import Call, Spec
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Places
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,

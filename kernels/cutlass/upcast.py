@@ -20,8 +20,8 @@ from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, elements, launcher, mixed, tiles, weights
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Grid, Places
-from lowbit.kernels.cutlass.library import Shipped
 from lowbit.kernels.cutlass.mixed import TABLE, Call, Spec
+from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.cutlass.weights import ROOM
 from lowbit.kernels.declare import (

@@ -20,7 +20,7 @@ from lowbit.kernels.cuda.row_sums import row_sums
 from lowbit.kernels.cutlass import dense, elements, launcher, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.launcher import Places
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,

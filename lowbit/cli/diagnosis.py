@@ -278,12 +278,12 @@ def _nvrtc() -> Finding:
 
 def _cutlass() -> Finding:
     """Look for what kernels on CUTLASS are compiled with, where the package does not bring them."""
-    from lowbit.kernels.cutlass import library
+    from lowbit.kernels.cutlass import package
 
-    found = library.headers()
+    found = package.headers()
     if found is None:
-        return Finding("cutlass", f"only kernels that come with lowbit; {library.remedy()}")
-    return Finding("cutlass", f"headers of CUTLASS {library.RELEASE} in {found}")
+        return Finding("cutlass", f"only kernels that come with lowbit; {package.remedy()}")
+    return Finding("cutlass", f"headers of CUTLASS {package.RELEASE} in {found}")
 
 
 def _cublas() -> Finding:

@@ -24,7 +24,7 @@ from lowbit.kernels import cutlass
 from lowbit.kernels.cuda import archive, compile
 from lowbit.kernels.cuda.compile import Cubin
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass.library import Shipped
+from lowbit.kernels.cutlass.package import Shipped
 
 PRODUCTS = "[HIQ]?G?MMA|UTC.*MMA|OMMA"
 """Names of instructions of the tensor cores."""

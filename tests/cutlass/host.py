@@ -18,7 +18,7 @@ from recorder import Recorder
 from lowbit.kernels.cuda import compile
 from lowbit.kernels.cuda.launch import Device, Source
 from lowbit.kernels.cuda.tensor_maps import KINDS, TensorMap
-from lowbit.kernels.cutlass import library
+from lowbit.kernels.cutlass import package
 from lowbit.kernels.cutlass.epilogue import Node
 from lowbit.kernels.cutlass.records import Value
 
@@ -84,7 +84,7 @@ class Watching(Recorder):
 
         def run(grid: Any, block: Any, args: Any, *, shared_mem: int = 0) -> None:
             assert (*block, shared_mem) == (source.threads, source.shared)
-            self.launched.append((source, grid, args if source.library is None else args[0]))
+            self.launched.append((source, grid, args if source.headers is None else args[0]))
 
         return run
 
@@ -104,7 +104,7 @@ def compiled(text: str) -> Any:
     """Compile C++ and load it."""
     compiler = shutil.which("g++")
     assert compiler is not None
-    folders = [HERE, library.FOLDER, library.headers(), *compile.includes()]
+    folders = [HERE, package.FOLDER, package.headers(), *compile.includes()]
     headers = [p.read_text() for p in sorted([*HERE.glob("*.hpp")])]
     key = hashlib.sha256(repr((text, headers, OPTIONS)).encode()).hexdigest()[:24]
     made = BUILD / f"{key}.so"

@@ -164,12 +164,12 @@ class Emulator:
         return array.ctypes.data
 
     def encode(self, wanted: tensor_maps.TensorMap) -> bytes:
-        """A plain device has no kernel that wants one."""
-        raise NotImplementedError
+        """Refuse: nothing asks a plain device for it."""
+        raise AssertionError("a kernel on CUTLASS was launched on the emulator, a plain device")
 
     def by_value(self, data: bytes) -> Any:
-        """A plain device has no kernel that wants one."""
-        raise NotImplementedError
+        """Refuse: nothing asks a plain device for it."""
+        raise AssertionError("a kernel on CUTLASS was launched on the emulator, a plain device")
 
     def tensor_map(self, array: Array, box: tuple[int, int], *, swizzle: int = 128) -> TensorMap:
         """An argument for a parameter of type `lb::TensorMap`."""
