@@ -163,7 +163,7 @@ def problem(name: str = "nvfp4", **changed: Any) -> Problem:
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any]]] = {
-    "capability 10.0 and 12.0, this is 9.0": ("nvfp4", {"device": "cuda:90:132"}),
+    "capabilities 10.0, 12.0, this is 9.0": ("nvfp4", {"device": "cuda:90:132"}),
     "capability 10.0, this is 12.0": ("float8_rows", {"device": "cuda:120:170"}),
     "lowbit's own kernels": ("mxfp8", {"device": "cuda:100:4:plain"}),
     "both sides, x is bfloat16": ("mxfp8", {"x": "bfloat16"}),

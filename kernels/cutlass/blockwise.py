@@ -14,14 +14,14 @@ from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, float8, gemm, launch, product
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass import blocks, dense, elements, launcher, tiles
+from lowbit.kernels.cutlass import blocks, dense, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.blocks import Call, Spec
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Grid, Places
 from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
-from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Kernel, Problem, Roundings, Run
-from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common
+from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Problem, Roundings, Run
+from lowbit.kernels.segments import FINAL_ROUNDINGS
 
 FAMILY = "float8_blocks"
 FASTER = 2.0
@@ -77,24 +77,13 @@ def _best(p: Problem) -> Tile | None:
     return tiles.best(replace(p, m=product.rows_of(p)), FAMILY, FASTER, usable)
 
 
-def _tile(p: Problem) -> Tile:
-    found = _best(p)
-    assert found is not None
-    return found
-
-
 def spec_of(p: Problem) -> Spec:
     """The kernel that an accepted product runs."""
-    return spec_with(p, _tile(p))
+    return spec_with(p, families.found(_best(p)))
 
 
 def _accepts(p: Problem) -> str | None:
-    device = launch.parse(p.device)
-    if device.plain:
-        return "runs on CUTLASS, this device on lowbit's own kernels alone"
-    if device.capability != 90:
-        return f"runs on compute capability 9.0, this is {device.capability / 10}"
-    refusal = refuse_common(p) or product.refuse_sizes(p)
+    refusal = families.refuse(p, (90,))
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
@@ -112,18 +101,10 @@ def _accepts(p: Problem) -> str | None:
         return "counts scales up to 2**31"
     refusal = launcher.refuse_rows(p)
     if refusal is None and _best(p) is None:
+        capability = launch.parse(p.device).capability
         spec = spec_with(p, tiles.listed(FAMILY)[0])
-        return compile.lacking(source(spec), device.capability)
+        return compile.lacking(source(spec), capability)
     return refusal
-
-
-def _cost(p: Problem) -> float:
-    return tiles.seconds(p, _tile(p), FASTER)
-
-
-def _describe(p: Problem) -> str:
-    tile = _tile(p)
-    return f"{tile}, {tile.waves(p):g} waves"
 
 
 def _build(p: Problem) -> Bind:
@@ -167,7 +148,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
 
 def _roundings(p: Problem) -> Roundings:
     columns = min(p.k, float8.LONGEST)
-    segments, most = -(-p.k // blocks.DEPTH), _tile(p).sharing(p).most
+    segments, most = -(-p.k // blocks.DEPTH), families.found(_best(p)).sharing(p).most
     return Roundings(
         "float32",
         float8.cut(columns) + segments + most + FINAL_ROUNDINGS,
@@ -179,13 +160,12 @@ def _roundings(p: Problem) -> Roundings:
 
 
 KERNELS = (
-    Kernel(
-        "matmul.cutlass.float8_blocks",
-        "cuda",
+    families.kernel(
+        FAMILY,
         accepts=_accepts,
-        cost=_cost,
+        best=_best,
+        seconds=lambda p, tile: tiles.seconds(p, tile, FASTER),
         build=_build,
         roundings=_roundings,
-        describe=_describe,
     ),
 )

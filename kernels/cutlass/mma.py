@@ -16,7 +16,7 @@ from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
 from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.cutlass import ampere, elements, launcher, tiles
+from lowbit.kernels.cutlass import ampere, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.ampere import Spec
 from lowbit.kernels.cutlass.dense import Call, Matrices
 from lowbit.kernels.cutlass.launcher import Grid, Places
@@ -26,12 +26,11 @@ from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
     Array,
     Bind,
-    Kernel,
     Problem,
     Roundings,
     Run,
 )
-from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
+from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, segment_of
 
 FASTER = 2.0  # than tensor cores on 16-bit numbers
 _LONGEST = (2**31 - 1) // 2**14  # columns of int8 whose sums surely fit in int32
@@ -45,6 +44,10 @@ class Way:
     tile: Tile
     warp: tuple[int, int]
     """Rows of x and of w."""
+
+    def waves(self, p: Problem) -> float:
+        """Tiles that each block computes, one after the other."""
+        return self.tile.waves(p)
 
     def __str__(self) -> str:
         shape, warp = ("x".join(map(str, each)) for each in (self.tile.shape, self.warp))
@@ -131,7 +134,7 @@ def spec_with(family: Family, p: Problem, way: Way) -> Spec:
 
 def spec_of(family: Family, p: Problem) -> Spec:
     """The kernel that an accepted product runs."""
-    return spec_with(family, p, _found(family, p))
+    return spec_with(family, p, families.found(_best(family, p)))
 
 
 def _best(family: Family, p: Problem) -> Way | None:
@@ -146,20 +149,8 @@ def _best(family: Family, p: Problem) -> Way | None:
     return min(usable, key=lambda way: tiles.seconds(asked, way.tile, FASTER), default=None)
 
 
-def _found(family: Family, p: Problem) -> Way:
-    found = _best(family, p)
-    assert found is not None
-    return found
-
-
 def _accepts(family: Family, p: Problem) -> str | None:
-    device = launch.parse(p.device)
-    if device.plain:
-        return "runs on CUTLASS, this device on lowbit's own kernels alone"
-    if device.capability not in family.capabilities:
-        listed = ", ".join(str(c / 10) for c in family.capabilities)
-        return f"runs on compute capabilities {listed}, this is {device.capability / 10}"
-    refusal = refuse_common(p) or product.refuse_sizes(p)
+    refusal = families.refuse(p, family.capabilities)
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
@@ -180,17 +171,9 @@ def _accepts(family: Family, p: Problem) -> str | None:
     if refusal is not None:
         return refusal
     if _best(family, p) is None:
-        return compile.lacking(source(spec_with(family, p, family.ways[0])), device.capability)
+        capability = launch.parse(p.device).capability
+        return compile.lacking(source(spec_with(family, p, family.ways[0])), capability)
     return None
-
-
-def _cost(family: Family, p: Problem) -> float:
-    return tiles.seconds(p, _found(family, p).tile, FASTER)
-
-
-def _describe(family: Family, p: Problem) -> str:
-    way = _found(family, p)
-    return f"{way}, {way.tile.waves(p):g} waves"
 
 
 def _build(family: Family, p: Problem) -> Bind:
@@ -252,14 +235,13 @@ def _roundings(family: Family, p: Problem) -> Roundings:
 
 
 KERNELS = tuple(
-    Kernel(
-        f"matmul.cutlass.{family.name}",
-        "cuda",
+    families.kernel(
+        family.name,
         accepts=partial(_accepts, family),
-        cost=partial(_cost, family),
+        best=partial(_best, family),
+        seconds=lambda p, way: tiles.seconds(p, way.tile, FASTER),
         build=partial(_build, family),
         roundings=partial(_roundings, family),
-        describe=partial(_describe, family),
         by_name=family is _FAST,
     )
     for family in (_INT8, _INT4, _EXACT, _FAST)

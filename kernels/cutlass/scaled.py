@@ -20,7 +20,7 @@ from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, cublas, float8, interleave, launch, product
 from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.cutlass import blackwell, dense, elements, launcher, tiles
+from lowbit.kernels.cutlass import blackwell, dense, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.blackwell import Call, Spec
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Places
@@ -31,12 +31,11 @@ from lowbit.kernels.declare import (
     Array,
     Bind,
     Epilogue,
-    Kernel,
     Problem,
     Roundings,
     Run,
 )
-from lowbit.kernels.segments import FINAL_ROUNDINGS, refuse_common
+from lowbit.kernels.segments import FINAL_ROUNDINGS
 
 _E4M3, _E5M2 = "cutlass::float_e4m3_t", "cutlass::float_e5m2_t"
 
@@ -131,7 +130,7 @@ def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
 
 def spec_of(family: Family, p: Problem) -> Spec:
     """The kernel that an accepted product runs."""
-    return spec_with(family, p, _tile(family, p))
+    return spec_with(family, p, families.found(_best(family, p)))
 
 
 def _best(family: Family, p: Problem) -> Tile | None:
@@ -144,12 +143,6 @@ def _best(family: Family, p: Problem) -> Tile | None:
         if compile.lacking(source(spec_with(family, p, tile)), capability) is None
     )
     return min(usable, key=lambda tile: _seconds(family, asked, tile), default=None)
-
-
-def _tile(family: Family, p: Problem) -> Tile:
-    found = _best(family, p)
-    assert found is not None
-    return found
 
 
 def _seconds(family: Family, p: Problem, tile: Tile) -> float:
@@ -173,13 +166,7 @@ def _refuse_side(family: Family, fmt: Format) -> str | None:
 
 
 def _accepts(family: Family, p: Problem) -> str | None:
-    device = launch.parse(p.device)
-    if device.plain:
-        return "runs on CUTLASS, this device on lowbit's own kernels alone"
-    if device.capability not in family.capabilities:
-        listed = " and ".join(str(c / 10) for c in family.capabilities)
-        return f"runs on compute capability {listed}, this is {device.capability / 10}"
-    refusal = refuse_common(p) or product.refuse_sizes(p)
+    refusal = families.refuse(p, family.capabilities)
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
@@ -194,18 +181,10 @@ def _accepts(family: Family, p: Problem) -> str | None:
     if refusal is not None:
         return refusal
     if _best(family, p) is None:
-        tile = ways(family, device.capability)[0]
-        return compile.lacking(source(spec_with(family, p, tile)), device.capability)
+        capability = launch.parse(p.device).capability
+        tile = ways(family, capability)[0]
+        return compile.lacking(source(spec_with(family, p, tile)), capability)
     return None
-
-
-def _cost(family: Family, p: Problem) -> float:
-    return _seconds(family, p, _tile(family, p))
-
-
-def _describe(family: Family, p: Problem) -> str:
-    tile = _tile(family, p)
-    return f"{tile}, {tile.waves(p):g} waves"
 
 
 def _build(family: Family, p: Problem) -> Bind:
@@ -271,14 +250,13 @@ def _roundings(family: Family, p: Problem) -> Roundings:
 
 
 KERNELS = tuple(
-    Kernel(
-        f"matmul.cutlass.{family.name}",
-        "cuda",
+    families.kernel(
+        family.name,
         accepts=partial(_accepts, family),
-        cost=partial(_cost, family),
+        best=partial(_best, family),
+        seconds=partial(_seconds, family),
         build=partial(_build, family),
         roundings=partial(_roundings, family),
-        describe=partial(_describe, family),
         by_name=True,
     )
     for family in _FAMILIES

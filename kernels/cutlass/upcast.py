@@ -17,7 +17,7 @@ from lowbit.formats import Element, Format, get
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass import dense, elements, launcher, mixed, tiles, weights
+from lowbit.kernels.cutlass import dense, elements, families, launcher, mixed, tiles, weights
 from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Grid, Places
 from lowbit.kernels.cutlass.mixed import TABLE, Call, Spec
@@ -27,12 +27,11 @@ from lowbit.kernels.cutlass.weights import ROOM
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
     Bind,
-    Kernel,
     Problem,
     Roundings,
     Run,
 )
-from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common
+from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings
 
 _TERMS = 16  # of one instruction on 16-bit numbers
 _FLOAT = "cutlass::float_e4m3_t"
@@ -140,32 +139,22 @@ def _best(family: Family, p: Problem) -> Tile | None:
     return tiles.best(asked, family.name, family.faster, usable)
 
 
-def _tile(family: Family, p: Problem) -> Tile:
-    found = _best(family, p)
-    assert found is not None
-    return found
-
-
 def spec_of(family: Family, p: Problem) -> Spec:
     """The kernel that an accepted product runs."""
-    return spec_with(family, p, _tile(family, p))
+    return spec_with(family, p, families.found(_best(family, p)))
 
 
 def _accepts(family: Family, p: Problem) -> str | None:
-    device = launch.parse(p.device)
-    if device.plain:
-        return "runs on CUTLASS, this device on lowbit's own kernels alone"
-    if device.capability != 90:
-        return f"runs on compute capability 9.0, this is {device.capability / 10}"
-    refusal = refuse_common(p) or product.refuse_sizes(p) or _refuse_x(family, p)
+    refusal = families.refuse(p, (90,)) or _refuse_x(family, p)
     if refusal is not None:
         return refusal
     if elements.name(p.w.element) not in family.weights:
         return f"wants weights of {family.words}, got {p.w.name}"
     refusal = _refuse_scales(family, p) or launcher.refuse_rows(p) or _refuse_otherwise(family, p)
     if refusal is None and _best(family, p) is None:
+        capability = launch.parse(p.device).capability
         spec = spec_with(family, p, tiles.listed(family.name)[0])
-        return compile.lacking(source(spec), device.capability)
+        return compile.lacking(source(spec), capability)
     return refusal
 
 
@@ -228,13 +217,8 @@ def _refuse_numbers(p: Problem) -> str | None:
     return None
 
 
-def _cost(family: Family, p: Problem) -> float:
-    return tiles.seconds(p, _tile(family, p), family.faster)
-
-
-def _describe(family: Family, p: Problem) -> str:
-    tile = _tile(family, p)
-    return f"{tile}, {tile.waves(p):g} waves"
+def _seconds(family: Family, p: Problem, tile: Tile) -> float:
+    return tiles.seconds(p, tile, family.faster)
 
 
 def _build(family: Family, p: Problem) -> Bind:
@@ -283,7 +267,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
 def _roundings(family: Family, p: Problem) -> Roundings:
     if family is _INT8:
         return integer_roundings(p, p.k)
-    grouped, most = _grouped(p), _tile(family, p).sharing(p).most
+    grouped, most = _grouped(p), families.found(_best(family, p)).sharing(p).most
     after, shares = most + 1 + FINAL_ROUNDINGS, f", {most} shares ascending" if most > 1 else ""
     if family is _FLOAT8:
         # Numbers of a table are multiples of 2**-9: where they are small, half of that is lost.
@@ -307,14 +291,13 @@ def _roundings(family: Family, p: Problem) -> Roundings:
 
 
 KERNELS = tuple(
-    Kernel(
-        f"matmul.cutlass.{family.name}",
-        "cuda",
+    families.kernel(
+        family.name,
         accepts=partial(_accepts, family),
-        cost=partial(_cost, family),
+        best=partial(_best, family),
+        seconds=partial(_seconds, family),
         build=partial(_build, family),
         roundings=partial(_roundings, family),
-        describe=partial(_describe, family),
         by_name=family is _FLOAT8,
     )
     for family in FAMILIES

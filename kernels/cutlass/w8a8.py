@@ -17,7 +17,7 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, cublas, emit, float8, gemm, integer, launch, product
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cuda.row_sums import row_sums
-from lowbit.kernels.cutlass import dense, elements, launcher, tiles
+from lowbit.kernels.cutlass import dense, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.launcher import Places
 from lowbit.kernels.cutlass.package import Shipped
@@ -25,12 +25,11 @@ from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import (
     ACTIVATION_ERROR,
     Bind,
-    Kernel,
     Problem,
     Roundings,
     Run,
 )
-from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, refuse_common, segment_of
+from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, segment_of
 
 FASTER = 2.0  # than tensor cores on 16-bit numbers
 
@@ -71,7 +70,7 @@ def spec_with(p: Problem, tile: Tile, *, fast: bool = False) -> Spec:
 def spec_of(p: Problem, *, fast: bool = False) -> Spec:
     """The kernel that an accepted product runs."""
     family = "int8" if emit.whole(p.w.element) else "float8_fast" if fast else "float8"
-    return spec_with(p, _tile(family, p), fast=fast)
+    return spec_with(p, families.found(_best(family, p)), fast=fast)
 
 
 def _best(family: str, p: Problem) -> Tile | None:
@@ -87,19 +86,8 @@ def _best(family: str, p: Problem) -> Tile | None:
     return tiles.best(replace(p, m=product.rows_of(p)), family, FASTER, usable)
 
 
-def _tile(family: str, p: Problem) -> Tile:
-    found = _best(family, p)
-    assert found is not None
-    return found
-
-
 def _accepts(family: str, p: Problem) -> str | None:
-    device = launch.parse(p.device)
-    if device.plain:
-        return "runs on CUTLASS, this device on lowbit's own kernels alone"
-    if device.capability != 90:
-        return f"runs on compute capability 9.0, this is {device.capability / 10}"
-    refusal = refuse_common(p) or product.refuse_sizes(p)
+    refusal = families.refuse(p, (90,))
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
@@ -125,9 +113,10 @@ def _accepts(family: str, p: Problem) -> str | None:
     if refusal is not None:
         return refusal
     if _best(family, p) is None:
+        capability = launch.parse(p.device).capability
         tile = tiles.listed(family)[0]
         spec = spec_with(p, tile, fast=family == "float8_fast")
-        return compile.lacking(source(spec), device.capability)
+        return compile.lacking(source(spec), capability)
     return None
 
 
@@ -138,15 +127,6 @@ def _longest(p: Problem) -> int:
     if isinstance(p.x.zero, Element):
         largest += max(abs(p.x.zero.min), abs(p.x.zero.max))
     return int((2**31 - 1) // (largest * max(abs(p.w.element.min), abs(p.w.element.max))))
-
-
-def _cost(family: str, p: Problem) -> float:
-    return tiles.seconds(p, _tile(family, p), FASTER)
-
-
-def _describe(family: str, p: Problem) -> str:
-    tile = _tile(family, p)
-    return f"{tile}, {tile.waves(p):g} waves"
 
 
 def _build(family: str, p: Problem) -> Bind:
@@ -201,7 +181,7 @@ def _roundings(family: str, p: Problem) -> Roundings:
         other = cublas.KERNELS[0].roundings(p)
         return replace(other, note=f"{exact.note}; or, where memory is not aligned, {other.note}")
     longest = p.k if family == "float8_fast" else float8.LONGEST
-    segments, most = -(-p.k // longest), _tile(family, p).sharing(p).most
+    segments, most = -(-p.k // longest), families.found(_best(family, p)).sharing(p).most
     return Roundings(
         "float32",
         float8.cut(min(longest, p.k)) + segments + most + 1 + FINAL_ROUNDINGS,
@@ -213,14 +193,13 @@ def _roundings(family: str, p: Problem) -> Roundings:
 
 
 KERNELS = tuple(
-    Kernel(
-        f"matmul.cutlass.{family}",
-        "cuda",
+    families.kernel(
+        family,
         accepts=partial(_accepts, family),
-        cost=partial(_cost, family),
+        best=partial(_best, family),
+        seconds=lambda p, tile: tiles.seconds(p, tile, FASTER),
         build=partial(_build, family),
         roundings=partial(_roundings, family),
-        describe=partial(_describe, family),
         by_name=family == "float8_fast",
     )
     for family in ("int8", "float8", "float8_fast")
