@@ -44,7 +44,7 @@ def judge(problem: Problem) -> list[Verdict]:
     """
     verdicts = []
     # Where bits must not depend on m, neither may the choice.
-    asked = replace(problem, m=_USUAL) if problem.batch_invariant else problem
+    asked = replace(problem, m=_USUAL, batches=1) if problem.batch_invariant else problem
     compared = replace(asked, threads=_USUAL_THREADS)
     for kernel in registered():
         backend = problem.device.partition(":")[0]
@@ -53,15 +53,21 @@ def judge(problem: Problem) -> list[Verdict]:
         elif problem.layout not in kernel.layouts:
             refusal = f"reads {' or '.join(kernel.layouts)}, w is held as {problem.layout}"
         else:
-            refusal = kernel.accepts(problem)
+            refusal = kernel.accepts(kernel.asked(problem))
         seconds, order = None, math.inf
         if refusal is None:
-            seconds = kernel.cost(asked)
-            order = kernel.cost(replace(compared, layout=kernel.layouts[-1]))
+            seconds = _cost(kernel, asked)
+            order = _cost(kernel, replace(compared, layout=kernel.layouts[-1]))
             if kernel.by_name:
                 order += _LAST
         verdicts.append((order, kernel.name, Verdict(kernel, refusal, seconds)))
     return [verdict for *_, verdict in sorted(verdicts, key=lambda found: found[:2])]
+
+
+def _cost(kernel: Kernel, problem: Problem) -> float:
+    """Seconds of all matrices."""
+    asked = kernel.asked(problem)
+    return kernel.cost(asked) * (problem.batches // asked.batches)
 
 
 def choose(problem: Problem, name: str | None = None) -> Verdict:
@@ -94,4 +100,5 @@ def pick(verdicts: list[Verdict], name: str | None) -> Verdict:
 @lru_cache(maxsize=4096)
 def prepared(problem: Problem, name: str | None = None) -> Bind:
     """The chosen kernel, built: what a repeated call runs at once."""
-    return choose(problem, name).kernel.build(problem)
+    kernel = choose(problem, name).kernel
+    return kernel.build(kernel.asked(problem))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -55,19 +55,23 @@ class Problem:
     device: str = "cpu:generic"
     """Backend, then its instruction set."""
     threads: int = 1
+    batches: int = 1
+    """Matrices of a stack, of both operands and of the result: as many products of this shape."""
 
     @property
     def operations(self) -> int:
         """Multiplications and additions."""
-        return 2 * self.m * self.n * self.k
+        return 2 * self.m * self.n * self.k * self.batches
 
     @property
     def bytes(self) -> int:
         """Bytes that have to move at least once: both operands and the result."""
         moved = format_bytes(self.w, self.n, self.k) + self.m * self.n * itemsize(self.out)
         if isinstance(self.x, str):
-            return moved + self.m * self.k * itemsize(self.x)
-        return moved + format_bytes(self.x, self.m, self.k)
+            moved += self.m * self.k * itemsize(self.x)
+        else:
+            moved += format_bytes(self.x, self.m, self.k)
+        return moved * self.batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,10 @@ class Epilogue:
 
 
 Run = Callable[[Any, Epilogue, Array], None]
-"""run(x, epilogue, out): x an ndarray (M, K) or its parts, out (M, N)."""
+"""run(x, epilogue, out): x an ndarray (M, K) or its parts, out (M, N).
+
+Of a stack, with a third axis before these.
+"""
 
 Bind = Callable[[Any], Run]
 """bind(w): whatever follows from the weight's parts alone, done once."""
@@ -127,11 +134,17 @@ class Kernel:
     """Arrangements of w that it reads; the last one is the one it likes best."""
     describe: Callable[[Problem], str] | None = None
     """For an accepted problem: tiles and schedule, for `explain`."""
+    stacks: bool = False
+    """It computes all matrices of a stack at once; others are never asked for more than one."""
     by_name: bool = False
     """Never chosen unless it is asked for."""
     fused: Callable[[Problem, str], FusedBind | None] | None = None
     """fused(problem, dtype): for an accepted problem whose x is a format, the same product from a
     dense x of this dtype, quantized inside; None where it does not do that."""
+
+    def asked(self, p: Problem) -> Problem:
+        """What it is asked of a stack: all of it, or one matrix."""
+        return p if self.stacks or p.batches == 1 else replace(p, batches=1)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit import cuda_interop, interop, kernels
+from lowbit import cuda_interop, interop, kernels, stacks
 from lowbit import device as places
 from lowbit.array import QArray
 from lowbit.device import address
@@ -32,13 +32,9 @@ from lowbit.kernels.declare import NOT_FINITE, FusedBind
 from lowbit.kernels.reference import finish
 from lowbit.kernels.words16 import Words16
 from lowbit.quantizing import quantize_on_the_way
+from lowbit.stacks import Execute, Parts
 
 Array = npt.NDArray[Any]
-Parts = Packed | Words16
-
-Execute = Callable[[Any, Epilogue, Array], object]
-"""execute(x, epilogue, out): x as it came, out of all axes; NOT_FINITE, or anything else."""
-
 BARE = Epilogue()
 _MOST_PRODUCTS = 64  # shapes of x and options that one weight remembers
 _BYTES = np.dtype(np.uint8)
@@ -209,7 +205,11 @@ def _weight_right(
     exact = _exact(w, options.kernel, turned=False) if stated.exact else None
 
     def with_values(dense: bool) -> Execute:
-        return exact or _matrices(stated, parts, _runs(stated.problem, options.kernel), dense)
+        if exact is not None:
+            return exact
+        problem, kernel = stated.problem, options.kernel
+        together = kernels.choose(problem, kernel).kernel.asked(problem).batches > 1
+        return stacks.matrices(stated, parts, _runs(problem, kernel), dense, together)
 
     if fmt is None:
         return with_values(not isinstance(left, QArray)), False
@@ -229,7 +229,7 @@ def _weight_right(
     def bound(each: Parts) -> Execute:
         return _dense(_steadied(_bound(bind, each, problem), problem))
 
-    inside = _matrices(stated, parts, bound, dense=True)
+    inside = stacks.matrices(stated, parts, bound, dense=True)
 
     def execute(x: Array, after: Epilogue, out: Array) -> None:
         if inside(x, after, out) is NOT_FINITE:
@@ -242,7 +242,7 @@ def _weight_right(
 def fused(problem: Problem, kernel: str | None, dtype: str) -> FusedBind | None:
     """The chosen kernel's own way to quantize a dense x of this dtype, if it has one."""
     chosen = kernels.choose(problem, kernel).kernel
-    return None if chosen.fused is None else chosen.fused(problem, dtype)
+    return None if chosen.fused is None else chosen.fused(chosen.asked(problem), dtype)
 
 
 def _dense(run: Execute) -> Execute:
@@ -355,78 +355,6 @@ def _steadied(run: Execute, problem: Problem) -> Execute:
     return execute
 
 
-def _matrices(
-    stated: Stated, parts: Parts, run_of: Callable[[Parts], Execute], dense: bool
-) -> Execute:
-    """Every matrix of the product by its run, or all rows as those of one."""
-    if not stated.flat:
-        return _each(_of_every_matrix(stated.shape[:-2], parts, run_of))
-    run, (*lead, columns) = run_of(parts), stated.shape
-    if dense and len(lead) == 1 and not stated.dropped[0]:
-        return run
-    rows, k = math.prod(lead), stated.problem.k
-
-    def execute(x: Any, after: Epilogue, out: Array) -> object:
-        if isinstance(x, QArray):
-            x = (x.reshape(rows, k) if x.ndim > 2 else x)._rows()
-        elif x.ndim != 2:
-            x = x.reshape(rows, k)
-        if after.residual is not None:
-            flat = after.residual.reshape(rows, columns)
-            after = Epilogue(after.alpha, after.bias, after.activation, flat)
-        return run(x, after, out.reshape(rows, columns))
-
-    return execute
-
-
-def _of_every_matrix(
-    lead: tuple[int, ...], parts: Parts, run_of: Callable[[Parts], Execute]
-) -> list[tuple[tuple[int, ...], Execute]]:
-    """The run for each place of the result's leading axes; places that share a matrix share it."""
-    found: dict[tuple[int, ...], Execute] = {}
-    runs = []
-    for index in np.ndindex(lead):
-        own = _own(parts.shape, index)
-        if own not in found:
-            found[own] = run_of(matrix_of(parts, index))
-        runs.append((index, found[own]))
-    return runs
-
-
-def _each(runs: list[tuple[tuple[int, ...], Execute]]) -> Execute:
-    def execute(x: Any, after: Epilogue, out: Array) -> object:
-        x = x._rows() if isinstance(x, QArray) else x if x.ndim > 1 else x[None]
-        for index, run in runs:
-            if run(matrix_of(x, index), _at(after, index), out[index]) is NOT_FINITE:
-                return NOT_FINITE
-        return None
-
-    return execute
-
-
-def _own(shape: tuple[int, ...], index: tuple[int, ...]) -> tuple[int, ...]:
-    """Where an operand, whose leading axes broadcast, has the matrix of this index."""
-    lead = shape[:-2]
-    own = index[len(index) - len(lead) :]
-    return tuple(0 if length == 1 else i for i, length in zip(own, lead, strict=True))
-
-
-def matrix_of(operand: Any, index: tuple[int, ...]) -> Any:
-    """The matrix of an operand at this index of its leading axes, which broadcast."""
-    if len(operand.shape) == 2:
-        return operand
-    own = _own(operand.shape, index)
-    if isinstance(operand, Packed):
-        return reference.take(operand, own, slice(0, operand.shape[-2]))
-    return operand[own]
-
-
-def _at(after: Epilogue, index: tuple[int, ...]) -> Epilogue:
-    if after.residual is None:
-        return after
-    return Epilogue(after.alpha, after.bias, after.activation, after.residual[index])
-
-
 # The weight on the left, and what no kernel describes
 
 
@@ -435,16 +363,16 @@ def _weight_left(stated: Stated, w: QArray, options: Options) -> Execute:
     if stated.exact:
         return _exact(w, options.kernel, turned=True)
     problem = stated.problem
-    runs = _of_every_matrix(stated.shape[:-2], w._parts, _runs(problem, options.kernel))
+    runs = stacks.of_every_matrix(stated.shape[:-2], w._parts, _runs(problem, options.kernel))
     wide, place = np.dtype(problem.out), w._place
 
     def execute(x: Array, after: Epilogue, out: Array) -> None:
         turned = x.swapaxes(-1, -2) if x.ndim > 1 else x[None]
         for index, run in runs:
-            here, one = place is places.HOST, _at(after, index)
+            here, one = place is places.HOST, stacks.at(after, index)
             empty = interop.empty if here else place.xp.empty
             product = empty((problem.m, problem.n), wide)
-            run(matrix_of(turned, index), BARE, product)
+            run(stacks.matrix_of(turned, index), BARE, product)
             if one.alpha == 1 and one.bias is None and not one.activation and one.residual is None:
                 out[index] = rounded(product.T, out.dtype)
             elif here:

@@ -262,6 +262,10 @@ class Limits:
     float_operations: float
     bfloat_operations: float
     integer_operations: float
+    float8_operations: float
+    """float8 by float8."""
+    float4_operations: float
+    """float4 by float4."""
     word: str
     """How these are called in print: measured or estimated."""
 
@@ -271,9 +275,12 @@ def limits(problem: str, threads: int) -> Limits:
     if problem.startswith("cuda"):
         from lowbit.kernels.cuda import costs, launch
 
-        rates = costs.rates(launch.parse(problem).capability)
+        capability = launch.parse(problem).capability
+        rates = costs.rates(capability)
         fast = rates.dense
-        return Limits(rates.bandwidth, fast / 12, fast, 2 * fast, "estimated")
+        float8 = 2 * fast if capability >= 89 else fast
+        float4 = 2 * float8 if capability >= 100 else float8
+        return Limits(rates.bandwidth, fast / 12, fast, 2 * fast, float8, float4, "estimated")
     from lowbit.kernels.cpu import machine
 
     found = machine.estimate(problem, threads)
@@ -282,6 +289,8 @@ def limits(problem: str, threads: int) -> Limits:
         found.float_operations,
         found.bfloat_operations,
         found.integer_operations,
+        found.bfloat_operations,
+        found.bfloat_operations,
         machine.known(problem, threads).word,
     )
 

@@ -14,6 +14,7 @@ from lowbit import device as places
 from lowbit import kernels
 from lowbit.array import QArray
 from lowbit.formats import Format
+from lowbit.formats.reference import Packed
 from lowbit.kernels import Problem, Verdict
 from lowbit.kernels.words16 import Words16
 
@@ -38,6 +39,7 @@ class Options(NamedTuple):
 PLAIN = Options()
 REARRANGED = "permuted or divided columns that x cannot undo; the reference takes the values"
 EACH = "every matrix of the stack by itself"
+TOGETHER = "all matrices of the stack in one launch"
 
 
 @cache
@@ -48,7 +50,7 @@ def device() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A product before any kernel is chosen: the problem of one matrix, and how many of them."""
+    """A product before any kernel is chosen: a problem of kernels, and how results lie."""
 
     problem: Problem
     shape: tuple[int, ...]
@@ -74,14 +76,13 @@ class Stated:
         last = [self.shape[-2:][i] for i, gone in enumerate((rows, columns)) if not gone]
         return (*self.shape[:-2], *last)
 
-    @property
-    def note(self) -> str:
-        """What `explain` adds in words."""
+    def note(self, together: bool) -> str:
+        """What `explain` adds in words; `together`: one launch computes every matrix."""
         if self.turned:
             return "computed as the transpose of w.T @ x.T"
         if self.adapted:
             return "x is divided and permuted first, as the weight's columns ask"
-        return "" if self.flat else EACH
+        return "" if self.flat else TOGETHER if together else EACH
 
 
 def state(left: Operand, right: Operand, options: Options) -> Stated:
@@ -138,8 +139,18 @@ def _state_right(
     problem = _problem(
         rows, left.shape[-1], kind, w, w._transposed or w._vector, options, dtype.name, along
     )
+    if not flat and _alike(left, w):
+        problem = replace(problem, batches=math.prod(shape[:-2]))
     exact = rearranged(left) or (rearranged(w) and not adapted)
     return Stated(problem, shape, dropped, dtype, exact=exact, adapted=adapted, flat=flat)
+
+
+def _alike(x: Operand, w: QArray) -> bool:
+    """Whether x has a matrix for each of w's, which follow each other in memory."""
+    lead = w._parts.shape[:-2]
+    if x.shape[:-2] != lead or not isinstance(w._parts, Packed):
+        return False
+    return len(lead) == 1 or w._parts.codes.flags.c_contiguous
 
 
 def _problem(

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowbit import device
-from lowbit.formats import Format
 from lowbit.kernels import Kernel, Problem, Verdict, judge, pick
 
 if TYPE_CHECKING:
     from lowbit.dispatch import Stated
+
+
+_FLOATS = {"float8_e4m3fn": 8, "float8_e5m2": 8, "float4_e2m1fn": 4}
+"""Bits that tensor cores multiply an element's values in, where they are not 16."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,18 @@ class Explanation:
         """Seconds that the bytes and the operations take at the machine's rates."""
         p = self.problem
         rates = device.limits(p.device, p.threads)
-        if isinstance(p.x, Format) and p.x.element.integral and p.w.element.integral:
+        if isinstance(p.x, str):
+            narrow = p.x == "bfloat16"
+            operations = rates.bfloat_operations if narrow else rates.float_operations
+        elif p.x.element.integral and p.w.element.integral:
             operations = rates.integer_operations
-        elif isinstance(p.x, Format) or p.x == "bfloat16":
-            operations = rates.bfloat_operations
         else:
-            operations = rates.float_operations
+            bits = max(_FLOATS.get(side.element.name, 16) for side in (p.x, p.w))
+            operations = {
+                4: rates.float4_operations,
+                8: rates.float8_operations,
+                16: rates.bfloat_operations,
+            }[bits]
         return p.bytes / rates.bandwidth, p.operations / operations
 
     @property
@@ -70,19 +79,23 @@ class Explanation:
         moved, computed = self.floors
         floor = max(moved, computed)
         chosen = next(v for v in self.verdicts if v.kernel.name == self.kernel)
-        weight = f"({p.n}, {p.k}) {p.w.name}.T" if p.w_along else f"({p.k}, {p.n}) {p.w.name}"
-        pair = f"({p.m}, {p.k}) {x} @ {weight} -> {p.out}"
+        lead = "" if p.batches == 1 else f"{p.batches}, "
+        weight = f"({lead}{p.k}, {p.n}) {p.w.name}"
+        if p.w_along:
+            weight = f"({lead}{p.n}, {p.k}) {p.w.name}.{'mT' if lead else 'T'}"
+        pair = f"({lead}{p.m}, {p.k}) {x} @ {weight} -> {p.out}"
         share = 100 * floor / (chosen.seconds or floor)
         floors = f"{time_text(moved)} to move, {time_text(computed)} to compute"
+        one = chosen.kernel.asked(p)
         lines = [
             f"{pair} on {p.device}, {p.threads} threads",
             f"{p.bytes:,} bytes, {p.operations:,} operations",
             f"floors ({self.rates} machine): {floors}",
             f"expected share of the floor: {share:.0f} % (costs are {self.source(chosen.kernel)})",
-            f"rounding: {chosen.kernel.roundings(p).note}",
+            f"rounding: {chosen.kernel.roundings(one).note}",
         ]
         if chosen.kernel.describe is not None and chosen.refusal is None:
-            lines.append(f"{chosen.kernel.name}: {chosen.kernel.describe(p)}")
+            lines.append(f"{chosen.kernel.name}: {chosen.kernel.describe(one)}")
         for v in self.verdicts:
             mark = "->" if v.kernel.name == self.kernel else "  "
             said = f"no: {v.refusal}"
@@ -169,4 +182,6 @@ def explained(stated: Stated, kernel: str | None) -> Explanation:
             replace(v, seconds=None if v.refusal else v.kernel.cost(problem))
             for v in dispatch.reference_alone()
         ]
-    return Explanation(problem, verdicts, pick(verdicts, kernel).kernel.name, stated.note)
+    chosen = pick(verdicts, kernel).kernel
+    note = stated.note(together=chosen.asked(problem).batches > 1)
+    return Explanation(problem, verdicts, chosen.name, note)

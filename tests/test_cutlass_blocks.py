@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import struct
-from dataclasses import dataclass
 from typing import Any
 
 import host
 import numpy as np
 import pytest
 from calls import PROCESSORS, built, calls, matrices, same, theirs
-from computed import DTYPES, aligned, placed, quantized, sums
+from computed import DTYPES, aligned, placed, quantized
 from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import OfBlocks, block_sums
 
 import lowbit as lb
 from lowbit import kernels
@@ -119,60 +118,6 @@ def test_scales_of_a_tile_are_those_of_its_rows(name: str, data: st.DataObject) 
         assert (seen[len(wanted) : rows // each] == -1).all()
 
 
-@dataclass
-class Launched:
-    """One launch, computed from nothing but the argument's bytes."""
-
-    spec: Spec
-    argument: bytes
-
-    def member(self, path: str) -> Any:
-        at, code = blocks.layout(self.spec).members[path]
-        return struct.unpack_from("<" + code, self.argument, at)[0]
-
-    def scales(self, side: str, rows: int, each: int) -> Any:
-        """Those of every row, one for 128 columns."""
-        name = f"mainloop.shape_{side}"
-        shape = self.member(f"{name}.rows"), self.member(f"{name}.columns")
-        pitch = 4 * self.member(f"{name}.pitch")
-        address = self.member(f"mainloop.scales_{side}")
-        return host.memory(address, shape, (pitch, 4), np.float32).repeat(each, 0)[:rows]
-
-    def compute(self, x_fmt: str, w_fmt: str) -> None:
-        """Write the result where the kernel would."""
-        spec = self.spec
-        order = ("second", "first") if spec.turned else ("first", "second")
-        x, w = (host.read(self.member(f"mainloop.{s}.descriptor"), np.uint8) for s in order)
-        x_scales = self.scales(order[0], len(x), spec.x_rows)
-        w_scales = self.scales(order[1], len(w), spec.w_rows)
-        thread, paths = "epilogue.thread.", blocks.finish(spec).operands
-        bias: Any = self.member(thread + paths["bias.default"])
-        if self.member(thread + paths["bias"]):
-            bias = host.memory(self.member(thread + paths["bias"]), (len(w),), (4,), np.float32)
-        residual = None
-        if spec.residual is not None:
-            residual = host.read(self.member("epilogue.c.descriptor"), DTYPES[spec.residual])
-        out = host.read(self.member("epilogue.d.descriptor"), DTYPES[spec.out])
-        alpha = self.member(thread + paths["alpha"])
-        result = computed(x_fmt, w_fmt, x, w, x_scales, w_scales, alpha, bias, residual)
-        out[...] = result.astype(out.dtype)
-
-
-def computed(
-    x_fmt: str, w_fmt: str, x: Any, w: Any, x_scales: Any, w_scales: Any, alpha: Any, bias: Any,
-    residual: Any,
-) -> Any:  # fmt: skip
-    """Sums of 128 columns, exact, meet the product of both scales by fma."""
-    total = np.zeros((len(x), len(w)))
-    for i in range(x_scales.shape[1]):
-        columns = slice(128 * i, 128 * i + 128)
-        part = sums(x_fmt, w_fmt, x[:, columns], w[:, columns]).astype(np.float32)
-        scale = x_scales[:, i, None] * w_scales[None, :, i]
-        total = (total + part * scale.astype(np.float64)).astype(np.float32)
-    result = (np.float64(alpha) * total + bias).astype(np.float32)
-    return result if residual is None else result + residual.astype(np.float32)
-
-
 def problem(**changed: Any) -> Problem:
     """A product of DeepSeek's kind."""
     given: dict[str, Any] = {
@@ -209,11 +154,11 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     ((source, grid_, argument),) = machine.launched
     assert source == blockwise.source(spec)
     assert np.prod(grid_) <= 132
-    Launched(spec, argument).compute(*formats)
+    OfBlocks(spec, argument).compute(*formats)
     left, right = (parts.codes.view(np.uint8) for parts in (x, w))
     w_scales = w.scales.repeat(128, 0)[:n]
     shift = 0 if bias is None else bias
-    wanted = computed(
+    wanted = block_sums(
         formats[0], formats[1], left, right, x.scales, w_scales, -0.75, shift, residual
     )
     np.testing.assert_array_equal(out, wanted.astype(out.dtype))

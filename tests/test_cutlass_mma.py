@@ -2,80 +2,27 @@
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import host
 import numpy as np
 import pytest
 from computed import DTYPES, aligned, finished, placed, quantized, sums
 from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import OfAmpere
 
 import lowbit as lb
 from lowbit import kernels
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import ampere, mma, package
+from lowbit.kernels.cutlass import mma, package
 
 Array = Any
 AMPERE, ADA = "cuda:80:108", "cuda:89:128"
 FAMILIES = {family.name: family for family in (mma._INT8, mma._INT4, mma._EXACT, mma._FAST)}
 FORMATS = {"mma_int8": ("int8", "int8"), "mma_int4": ("int8", "int4"), "mma_float8": ("fp8", "fp8")}
-
-
-@dataclass
-class Launched:
-    """One launch, computed from nothing but the argument's bytes."""
-
-    spec: ampere.Spec
-    argument: bytes
-
-    def member(self, path: str) -> Any:
-        at, code = ampere.layout(self.spec).members[path]
-        return struct.unpack_from("<" + code, self.argument, at)[0]
-
-    def operand(self, name: str) -> Any:
-        return self.member("finish." + ampere.finish(self.spec).operands[name])
-
-    def codes(self, name: str, rows: int, steps: str, kind: str) -> Array:
-        bits, k = ampere.bits(kind), self.member("shape.k")
-        pitch = self.member(f"{steps}.pitch") * bits // 8
-        held = host.memory(self.member(name), (rows, k * bits // 8), (pitch, 1), np.uint8)
-        return held if bits == 8 else np.stack([held & 15, held >> 4], -1).reshape(rows, k)
-
-    def matrix(self, name: str, dtype: str) -> Array:
-        size = np.dtype(DTYPES[dtype]).itemsize
-        shape = self.member("extents.m"), self.member("extents.n")
-        row = self.operand(f"{name}.row") * size
-        return host.memory(self.operand(name), shape, (row, size), DTYPES[dtype])
-
-    def vector(self, name: str, count: int, step: int = 1) -> Array:
-        address = self.operand(name)
-        if not address:
-            return np.full(count, self.operand(f"{name}.default"), np.float32)
-        return host.memory(address, (count,), (4 * step,), np.float32)
-
-    def compute(self, x_fmt: str, w_fmt: str) -> None:
-        """Write the result where the kernel would."""
-        m, n = self.member("shape.m"), self.member("shape.n")
-        added, out = self.spec.residual, self.matrix("out", self.spec.out)
-        assert self.operand("bias") % 16 == self.operand("w_scale") % 16 == 0
-        result = finished(
-            sums(
-                x_fmt, w_fmt, self.codes("x", m, "first", self.spec.x),
-                self.codes("w", n, "second", self.spec.w),
-            ),
-            self.vector("x_scale", m, self.operand("x_scale.step")),
-            self.vector("w_scale", n),
-            np.float32(self.operand("alpha")),
-            self.vector("bias", n),
-            self.spec.activation,
-            None if added is None else self.matrix("residual", added),
-        )  # fmt: skip
-        out[...] = result.astype(out.dtype)
 
 
 @pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
@@ -107,7 +54,7 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     spec = mma.spec_of(FAMILIES[name], p)
     assert source == mma.source(spec)
     assert np.prod(grid) >= -(-m // spec.tile[0]) * -(-n // spec.tile[1])
-    Launched(spec, argument).compute(kinds[0], kinds[1])
+    OfAmpere(spec, argument).compute(kinds[0], kinds[1])
     scales = [np.broadcast_to(parts.scales[:, 0], rows) for parts, rows in ((x, m), (w, n))]
     codes = [parts.codes.view(np.uint8) for parts in (x, w)]
     if name == "mma_int4":

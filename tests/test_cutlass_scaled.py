@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import struct
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -199,3 +201,22 @@ def test_libraries_use_all_of_a_gpu() -> None:
     spec = scaled.spec_of(FAMILIES["nvfp4"], problem(device="cuda:120:170"))
     assert compile.architecture_of(scaled.source(spec), 120) == "sm_120a"
     assert compile.architecture_of(replace(scaled.source(spec), headers=None), 120) == "sm_120"
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+def test_what_is_made_of_a_weight_stays() -> None:
+    p, w = problem(), quantized("nvfp4", (512, 512), 1)
+    machine, made = Keeping(p.device), []
+
+    def empty(shape: Any, dtype: Any) -> Array:
+        found = np.empty(shape, dtype)
+        made.append(weakref.ref(found))
+        return found
+
+    machine.empty = empty  # type: ignore[method-assign]
+    with launch.pretending(machine):
+        run = kernels.choose(p, "matmul.cutlass.nvfp4").kernel.build(p)(w)
+    machine.launched.clear()
+    gc.collect()
+    assert [each() is not None for each in made] == [True]
+    del run

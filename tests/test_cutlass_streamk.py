@@ -66,7 +66,7 @@ def test_arguments_of_few_tiles() -> None:
     """Half a wave of tiles, groups of unequal size: what is seldom drawn."""
     spec = SPECS["clusters"]
     nothing = Matrices(1 << 40, 1 << 14)
-    finish = dense.operands((0, 0), (0, 0), 1.0, 0)
+    finish = dense.operands(dense.Vectors(0), dense.Vectors(0), 1.0, 0)
     for m, n, steps, processors, mode in product(
         (1, 2, 4, 6, 10), range(1, 40), (9, 57), (114, 132), (streamk.HEURISTIC, streamk.STREAM_K)
     ):

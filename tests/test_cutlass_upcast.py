@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import replace
 from typing import Any
 
-import host
 import ml_dtypes
 import numpy as np
 import pytest
 from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import OfMixed
 
 import lowbit as lb
 from lowbit import kernels
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import mixed, package, tiles, upcast, weights
-from lowbit.kernels.cutlass.mixed import BITS, Spec
+from lowbit.kernels.cutlass import package, tiles, upcast, weights
 from lowbit.testing import magnitudes
 
 Array = Any
@@ -41,11 +39,13 @@ WEIGHTS = {
     ],
     "upcast_int8": ["int4_row", "int4_tensor", "uint4_row", "uint4_row_asym", "int4_row_bf16_asym"],
     "upcast_float8": ["int4_row", "uint4_tensor", "int4_g128_e4m3", "int4_g256_e4m3_ts"],
+    "upcast_float8_scaled": ["int4_g128_e4m3", "int4_g256_e4m3_ts"],
 }  # fmt: skip
 X = {
     "upcast16": ["bfloat16", "float16"],
     "upcast_int8": ["int8_row", "int8_tensor"],
     "upcast_float8": ["fp8_row", "fp8_tensor"],
+    "upcast_float8_scaled": ["fp8_row", "fp8_tensor"],
 }
 needs_headers = pytest.mark.skipif(
     package.headers() is None, reason="chooses among kernels that it may compile"
@@ -67,78 +67,6 @@ def packed(fmt: str, rows: int, columns: int, seed: int) -> tuple[Any, Array, Ar
     values, found = made.dequantize(np.float64), magnitudes.pieces(made)
     sizes = found.values * found.tensor_scale
     return replace(made._parts, codes=placed(made._parts.codes)), values, sizes
-
-
-class Launched:
-    """One launch, computed from nothing but the argument's bytes."""
-
-    def __init__(self, spec: Spec, argument: bytes) -> None:
-        self.spec, self.argument = spec, argument
-
-    def member(self, path: str) -> Any:
-        at, code = mixed.layout(self.spec).members[path]
-        return struct.unpack_from("<" + code, self.argument, at)[0]
-
-    def matrix(self, name: str, dtype: Any) -> Array:
-        return host.read(self.member(f"{name}.descriptor"), dtype)
-
-    def operand(self, name: str, count: int) -> Array:
-        paths, thread = mixed.finish(self.spec).operands, "epilogue.thread."
-        address = self.member(thread + paths[name])
-        if f"{name}.step" not in paths:
-            return np.float32(address)
-        if not address:
-            return np.full(count, self.member(thread + paths[f"{name}.default"]), np.float32)
-        step = self.member(thread + paths[f"{name}.step"])
-        return host.memory(address, (count,), (4 * step,), np.float32)
-
-    def codes(self, kind: str, name: str) -> Array:
-        if BITS[kind] == 4:
-            found = self.matrix(name, np.uint8)
-            low_first = np.stack([found & 15, found >> 4], -1).reshape(len(found), -1)
-            signed = (low_first ^ 8).astype(np.int8) - 8
-            return signed if kind == "cutlass::int4b_t" else low_first
-        return self.matrix(name, NUMBERS[kind])
-
-    def weights(self) -> Array:
-        """Numbers that tensor cores multiply."""
-        spec, narrow = self.spec, NUMBERS[self.spec.x]
-        codes = self.codes(spec.w, "mainloop.first").astype(np.float64)
-        if spec.scale is None:
-            assert (codes.astype(narrow).astype(np.float64) == codes).all()
-            return codes
-        group = np.arange(codes.shape[1]) // spec.tile[2] // self.member("mainloop.reload")
-        if spec.scale == mixed.TABLE:
-            table = self.matrix("mainloop.scales", np.uint64).T.copy().view(narrow)
-            table = table.reshape(len(codes), -1, 8).astype(np.float64)
-            signed = codes.astype(np.int64)
-            entry = np.take_along_axis(
-                table[:, group], (signed & 7)[..., None], 2
-            )[..., 0]  # fmt: skip
-            return np.where(signed == 0, 0.0, np.where(signed < 0, entry, -entry))
-        scales = self.matrix("mainloop.scales", NUMBERS[spec.scale])[group].T.astype(np.float64)
-        zeros = np.zeros(1)
-        if spec.zero:
-            zeros = self.matrix("mainloop.zeros", NUMBERS[spec.scale])[group].T.astype(np.float64)
-            found = (codes * scales + zeros).astype(NUMBERS[spec.scale])
-            return found.astype(narrow).astype(np.float64)
-        return (codes * scales).astype(NUMBERS[spec.scale]).astype(narrow).astype(np.float64)
-
-    def compute(self) -> None:
-        """Write the result where the kernel would."""
-        spec = self.spec
-        x, w = self.codes(spec.x, "mainloop.second").astype(np.float64), self.weights()
-        total = (x @ w.T).astype(np.float32)
-        scaled = self.operand("x_scale", len(x))[:, None].astype(np.float64) * (
-            self.operand("w_scale", len(w)) * total
-        )
-        alpha, bias = self.operand("alpha", 1), self.operand("bias", len(w))
-        result = (np.float64(alpha) * scaled.astype(np.float32) + bias).astype(np.float32)
-        result = np.maximum(result, 0) if spec.activation else result
-        if spec.residual is not None:
-            result = result + self.matrix("epilogue.c", DTYPES[spec.residual]).astype(np.float32)
-        out = self.matrix("epilogue.d", DTYPES[spec.out])
-        out[...] = result.astype(out.dtype)
 
 
 def left(x: str, m: int, k: int) -> tuple[Any, Array, Array]:
@@ -192,7 +120,7 @@ def test_what_is_launched_computes_the_product(family: str, fmt: str, data: st.D
     assert np.prod(grid) <= 132
     spec = upcast.spec_of({f.name: f for f in upcast.FAMILIES}[family], p)
     assert source == upcast.source(spec)
-    launched = Launched(spec, argument)
+    launched = OfMixed(spec, argument)
     launched.compute()
     found, multiplied, plain = kernel.roundings(p), launched.weights(), reference.centred(w)
     if not w.format.bias:
@@ -239,7 +167,7 @@ def test_tables_give_codes_times_scales() -> None:
     """What CUTLASS's kernel does with a table and recoded codes, in Python."""
     scales = np.arange(256, dtype=np.uint8).reshape(-1, 2)
     machine = Watching(launch.parse(HOPPER))
-    table = weights.tabled(machine, scales)[:, : len(scales)]
+    table = weights.tabled(machine, scales).reshape(2, -1, 8)[:, : len(scales)]
     four_codes = np.array([[0x10, 0x32], [0x54, 0x76], [0x98, 0xBA], [0xDC, 0xFE]], np.uint8)
     narrow = ml_dtypes.float8_e4m3fn
     for (group, row), codes in ((at, c) for at in np.ndindex(table.shape[:2]) for c in four_codes):

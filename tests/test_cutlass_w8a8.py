@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import host
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,12 +12,13 @@ from computed import DTYPES, aligned, finished, placed, quantized, sums
 from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import OfDense
 
 import lowbit as lb
 from lowbit import kernels
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import dense, package, tiles, w8a8
+from lowbit.kernels.cutlass import package, tiles, w8a8
 
 Array = Any
 HOPPER = "cuda:90:132"
@@ -27,54 +26,6 @@ X_FORMATS = [
     "int8_row", "int8_tensor", "int8_row_asym", "uint8_row_asym", "uint8_tensor_asym", "fp8_row",
     "fp8_tensor",
 ]  # fmt: skip
-
-
-@dataclass
-class Launched:
-    """One launch, computed from nothing but the argument's bytes."""
-
-    spec: dense.Spec
-    argument: bytes
-
-    def member(self, path: str) -> Any:
-        at, code = dense.layout(self.spec).members[path]
-        return struct.unpack_from("<" + code, self.argument, at)[0]
-
-    def matrix(self, name: str, dtype: Any) -> Array:
-        return host.read(self.member(f"{name}.descriptor"), dtype)
-
-    def vector(self, name: str, count: int, dtype: Any = np.float32) -> Array:
-        paths = dense.finish(self.spec).operands
-        thread = "epilogue.thread."
-        address = self.member(thread + paths[name])
-        if not address:
-            return np.full(count, self.member(thread + paths[f"{name}.default"]), np.float32)
-        step = self.member(thread + paths[f"{name}.step"])
-        size = np.dtype(dtype).itemsize
-        return host.memory(address, (count,), (size * step,), dtype)
-
-    def number(self, name: str) -> np.float32:
-        return np.float32(self.member("epilogue.thread." + dense.finish(self.spec).operands[name]))
-
-    def compute(self, x_fmt: str, w_fmt: str) -> None:
-        """Write the result where the kernel would."""
-        first, second = (self.matrix(f"mainloop.{n}", np.uint8) for n in ("first", "second"))
-        x, w = (second, first) if self.spec.turned else (first, second)
-        added, total = self.spec.residual, sums(x_fmt, w_fmt, x, w)
-        if self.spec.x_zero is not None:
-            zero = self.vector("x_zero", len(x), self.spec.x_zero).astype(np.int64)
-            total = total - zero[:, None] * self.vector("w_sum", len(w), np.int32)
-        result = finished(
-            total,
-            self.vector("x_scale", len(x)),
-            self.vector("w_scale", len(w)),
-            self.number("alpha"),
-            self.vector("bias", len(w)),
-            self.spec.activation,
-            None if added is None else self.matrix("epilogue.c", DTYPES[added]),
-        )
-        out = self.matrix("epilogue.d", DTYPES[self.spec.out])
-        out[...] = result.astype(out.dtype)
 
 
 @pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
@@ -112,7 +63,7 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     assert source == w8a8.source(spec)
     assert np.prod(grid) <= 132
     assert grid[0] % spec.cluster[0] == grid[1] % spec.cluster[1] == 0
-    Launched(spec, argument).compute(fmt, w_fmt)
+    OfDense(spec, argument).compute(fmt, w_fmt)
     scales = [np.broadcast_to(parts.scales[:, 0], len(parts.codes)) for parts in (x, w)]
     left, right = (parts.codes.view(np.uint8) for parts in (x, w))
     wanted = finished(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lowbit.kernels.cutlass import elements, visitors
-from lowbit.kernels.cutlass.dense import Call, Matrices
+from lowbit.kernels.cutlass.dense import Call, Matrices, Vectors
 from lowbit.kernels.cutlass.epilogue import FMA, Node
 from lowbit.kernels.cutlass.records import Layout, Value, pack, record
 from lowbit.kernels.cutlass.schedulers import log_swizzle
@@ -87,15 +87,13 @@ def finish(spec: Spec) -> Node:
 
 
 def operands(
-    x_scale: tuple[int, int], w_scale: int, alpha: float, bias: int
+    x_scale: Vectors, w_scale: Vectors, alpha: float, bias: int
 ) -> tuple[tuple[str, Value], ...]:
-    """Operands of `finish`, matrices aside: addresses; of x's scales also the step.
-
-    That is 0 where one is for all rows.
-    """
+    """Operands of `finish`, matrices aside; w has a scale for every row, `bias` is an address."""
     return (
-        ("x_scale", x_scale[0]), ("x_scale.step", x_scale[1]), ("x_scale.default", 0.0),
-        ("x_scale.batch", 0), ("w_scale", w_scale), ("w_scale.default", 0.0), ("w_scale.batch", 0),
+        ("x_scale", x_scale.address), ("x_scale.step", x_scale.step), ("x_scale.default", 0.0),
+        ("x_scale.batch", x_scale.batch), ("w_scale", w_scale.address), ("w_scale.default", 0.0),
+        ("w_scale.batch", w_scale.batch),
         # Adding -0 changes nothing, not even the sign of a zero.
         ("bias", bias), ("bias.default", -0.0), ("bias.batch", 0), ("alpha", alpha), ("zero", 0.0),
     )  # fmt: skip

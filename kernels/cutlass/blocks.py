@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from lowbit.kernels.cuda.tensor_maps import TensorMap
 from lowbit.kernels.cutlass import dense, epilogue
-from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.dense import Matrices, Vectors
 from lowbit.kernels.cutlass.epilogue import Node
 from lowbit.kernels.cutlass.records import MAP, Layout, Value, pack, record
 
@@ -47,7 +47,7 @@ def finish(spec: Spec) -> Node:
 
 def operands(alpha: float, bias: int) -> tuple[tuple[str, Value], ...]:
     """Operands of `finish`."""
-    unscaled = dense.operands((0, 0), (0, 0), alpha, bias)
+    unscaled = dense.operands(Vectors(0), Vectors(0), alpha, bias)
     return tuple(each for each in unscaled if each[0].split(".")[0] in ("alpha", "bias"))
 
 

@@ -6,13 +6,12 @@ product of both scales, and go on, in float32.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, float8, gemm, launch, product
+from lowbit.kernels.cuda import compile, float8, gemm, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import blocks, dense, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.blocks import Call, Spec
@@ -73,8 +72,7 @@ def _best(p: Problem) -> Tile | None:
             return False
         return compile.lacking(source(spec_with(p, tile)), capability) is None
 
-    # Where bits must not depend on the number of rows, neither may the tile.
-    return tiles.best(replace(p, m=product.rows_of(p)), FAMILY, FASTER, usable)
+    return tiles.best(p, FAMILY, FASTER, usable)
 
 
 def spec_of(p: Problem) -> Spec:
@@ -97,7 +95,7 @@ def _accepts(p: Problem) -> str | None:
                 f"reads one float32 scale for {rows} x {columns} codes of {name}, {side.name} has "
                 "others"
             )
-    if max(p.m, p.n) * -(-p.k // blocks.DEPTH) >= 2**31:
+    if max(p.m, p.n) * -(-p.k // blocks.DEPTH) * p.batches >= 2**31:
         return "counts scales up to 2**31"
     refusal = launcher.refuse_rows(p)
     if refusal is None and _best(p) is None:
@@ -113,35 +111,34 @@ def _build(p: Problem) -> Bind:
 
 def bind(p: Problem, spec: Spec) -> Bind:
     """Bind an accepted product to weights, by any of its kernels."""
-    otherwise, named = gemm.build(p), source(spec)
+    otherwise, named = launcher.matrix_by_matrix(gemm.build, p), source(spec)
     processors, pitch = launch.parse(p.device).processors, 4 * -(-p.k // blocks.DEPTH)
     sharing = dense.sharing(spec, p.m, p.n, p.k, processors)
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         raw: Run = otherwise(w)
-        if not launcher.steady(machine, w.codes):
+        weight = launcher.placed(machine, w.codes)
+        if weight is None:
             return raw
-        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
         scales: Any = w.scales
         if spec.w_rows < _W[0]:
-            scales = scales.repeat(_W[0] // spec.w_rows, 0)
+            scales = scales.repeat(_W[0] // spec.w_rows, -2)
             machine.settle()
+        rows, whole = scales.shape[-2], p.batches > 1
 
         def argument(at: Places) -> tuple[Grid, bytearray]:
             call = Call(
-                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
-                Matrices(at.out, at.out_pitch), blocks.operands(at.alpha, at.bias),
-                Matrices(at.residual, at.residual_pitch), sharing=sharing, partial=at.partial,
-                locks=at.locks,
-                x_scales=Matrices(at.x_scale, pitch),
-                w_scales=Matrices(machine.address(scales), pitch),
+                p.m, p.n, p.k, at.x, weight, at.out, blocks.operands(at.alpha, at.bias),
+                at.residual, p.batches, sharing=sharing, partial=at.partial, locks=at.locks,
+                x_scales=Matrices(at.x_scale.address, pitch, p.m * pitch * whole),
+                w_scales=Matrices(machine.address(scales), pitch, rows * pitch * whole),
             )  # fmt: skip
             made = blocks.arguments(spec, call, processors, machine.encode)
             return dense.grid(spec, call, processors), made
 
         words = dense.words(spec, p.m, p.n, sharing)
-        return launcher.runner(machine, named, raw, argument, **words)
+        return launcher.runner(p, machine, named, raw, argument, **words)
 
     return to
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from lowbit.kernels.cuda.tensor_maps import TensorMap
 from lowbit.kernels.cutlass import elements, epilogue, schedulers, streamk
@@ -207,6 +207,16 @@ class Matrices:
     """Bytes from a matrix to the next."""
 
 
+class Vectors(NamedTuple):
+    """A number for every row of matrices, or for all of one: where they are, and how far apart."""
+
+    address: int
+    step: int = 0
+    """Numbers from a row's to the next one's: 0 where one is for all rows."""
+    batch: int = 0
+    """Numbers from a matrix to the next."""
+
+
 @dataclass(frozen=True)
 class Call:
     """Operands of one launch."""
@@ -229,25 +239,26 @@ class Call:
 
 
 def operands(
-    x_scale: tuple[int, int], w_scale: tuple[int, int], alpha: float, bias: int
+    x_scale: Vectors, w_scale: Vectors, alpha: float, bias: int
 ) -> tuple[tuple[str, Value], ...]:
-    """Operands of `finish`: address of the scales and their step, 0 where one is for all rows."""
+    """Operands of `finish`; `bias` is an address."""
     return (
-        ("x_scale", x_scale[0]), ("x_scale.step", x_scale[1]), ("x_scale.default", 0.0),
-        ("x_scale.batch", 0),
-        ("w_scale", w_scale[0]), ("w_scale.step", w_scale[1]), ("w_scale.default", 0.0),
-        ("w_scale.batch", 0),
+        *_operand("x_scale", x_scale, 0.0), *_operand("w_scale", w_scale, 0.0),
         # Adding -0 changes nothing, not even the sign of a zero.
         ("bias", bias), ("bias.step", 1), ("bias.default", -0.0), ("bias.batch", 0),
         ("alpha", alpha), ("zero", 0.0),
     )  # fmt: skip
 
 
-def zero_operands(zero: tuple[int, int], sums: int) -> tuple[tuple[str, Value], ...]:
-    """Operands of `finish` for zero points of x: their address and step, that of w's sums."""
+def zero_operands(zero: Vectors, sums: Vectors) -> tuple[tuple[str, Value], ...]:
+    """Operands of `finish` for zero points of x: they, and the sums of w's rows."""
+    return *_operand("x_zero", zero, 0), *_operand("w_sum", sums, 0)
+
+
+def _operand(name: str, given: Vectors, default: Value) -> tuple[tuple[str, Value], ...]:
     return (
-        ("x_zero", zero[0]), ("x_zero.step", zero[1]), ("x_zero.default", 0), ("x_zero.batch", 0),
-        ("w_sum", sums), ("w_sum.step", 1), ("w_sum.default", 0), ("w_sum.batch", 0),
+        (name, given.address), (f"{name}.step", given.step), (f"{name}.default", default),
+        (f"{name}.batch", given.batch),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda import compile, emit, launch, product
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, grouped, launcher, w8a8
-from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.dense import Vectors
 from lowbit.kernels.cutlass.grouped import Call, Rows, Spec
 from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
@@ -99,27 +99,19 @@ def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         function, address = machine.function(named), machine.address
-        weight = Matrices(address(w.codes), w.codes.strides[1], w.codes.strides[0])
-        own = int(w.scales[0].size > 1)
-        steady = launcher.steady(machine, w.codes) and w.codes.strides[0] % launcher.PIECE == 0
-        scales = {
-            "w_scale": address(w.scales),
-            "w_scale.step": own,
-            "w_scale.batch": w.scales[0].size,
-        }
+        weight, w_scale = launcher.placed(machine, w.codes), launcher.vectors(machine, w.scales)
 
         @lru_cache(maxsize=256)
         def argument(memory: int, step: int, alpha: float, bias: int) -> Any:
-            finish = dict(dense.operands((0, step), (0, 0), alpha, bias)) | scales
+            finish = dict(dense.operands(Vectors(0, step), w_scale, alpha, bias))
             finish["bias.batch"] = p.n
             call = Call(experts, p.n, p.k, memory + maps, memory, tuple(finish.items()))
             made = grouped.arguments(spec, call, processors, machine.encode)
             return machine.by_value(bytes(made))
 
         def run(x: Packed, rows: Array, epilogue: Epilogue, out: Array) -> bool:
-            left = Matrices(address(x.codes), x.codes.strides[0])
-            result = Matrices(address(out), out.strides[0])
-            if not (steady and all(launcher.steady(machine, each) for each in (x.codes, out))):
+            left, result = (launcher.placed(machine, each) for each in (x.codes, out))
+            if weight is None or left is None or result is None:
                 return False
             step = int(x.scales.size > 1)
             setup, numbers = grouped.setup(spec, rows.dtype.name)

@@ -32,6 +32,7 @@ def kernel(
     build: Callable[[Problem], Bind],
     roundings: Callable[[Problem], Roundings],
     by_name: bool = False,
+    stacks: bool = True,
 ) -> Kernel:
     """A kernel whose price and words are those of its best way."""
 
@@ -48,6 +49,7 @@ def kernel(
         roundings=roundings,
         describe=describe,
         by_name=by_name,
+        stacks=stacks,
     )
 
 

@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+from lowbit.formats import reference
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.declare import Array, Epilogue, Problem, Run, itemsize
+from lowbit.kernels.cutlass.dense import Matrices, Vectors
+from lowbit.kernels.declare import Array, Bind, Epilogue, Problem, Run, itemsize
 
 PIECE = 16
 """Bytes that rows begin at multiples of, where TMA or vectors read them."""
 
 Grid = tuple[int, int, int]
+Strides = tuple[int, ...]
 
 
 class Places(NamedTuple):
-    """What a launch reads and writes beside the weight: addresses, 0 where nothing is there."""
+    """What a launch reads and writes beside the weight; addresses are 0 where nothing is there."""
 
-    x: int
-    x_pitch: int
-    """Bytes from a row to the next."""
-    x_scale: int
-    x_step: int
-    """1 where every row has its own scale, 0 where one is for all."""
-    x_zero: int
+    x: Matrices
+    x_scale: Vectors
+    x_zero: Vectors
     x_factor: int
     """Where the number is that all of x's scales are multiplied by."""
-    out: int
-    out_pitch: int
+    out: Matrices
     bias: int
-    residual: int
-    residual_pitch: int
+    residual: Matrices | None
     partial: int
     """Where blocks that share tiles leave their sums; with locks, of the current stream."""
     locks: int
     alpha: float
 
-    @property
-    def aligned(self) -> bool:
-        """Whether all rows begin at multiples of PIECE."""
-        rows = (
-            self.x | self.x_pitch | self.out | self.out_pitch | self.residual | self.residual_pitch
-        )
-        return rows % PIECE == 0
-
 
 def runner(
+    p: Problem,
     machine: Machine,
     source: Source,
     otherwise: Run,
@@ -63,41 +54,53 @@ def runner(
     """
     function, threads, shared = machine.function(source), (source.threads,), source.shared
     address = machine.address
+    bits = 8 if isinstance(p.x, str) else p.x.element.bits
+    wide = itemsize(p.x) if isinstance(p.x, str) else 1
+    rows = 1 if isinstance(p.x, str) or p.x.scale.block[0] is None else p.m
+    steps = int(rows > 1), rows if p.batches > 1 else 0
 
     @lru_cache(maxsize=2048)
-    def prepared(*places: Any) -> tuple[Grid, tuple[Any]] | None:
-        found = Places(*places)
-        made = argument(found) if found.aligned else None
+    def prepared(
+        x: int, x_strides: Strides, scale: int, zero: int, factor: int, out: int,
+        out_strides: Strides, bias: int, residual: int, residual_strides: Strides | None,
+        *others: Any,
+    ) -> tuple[Grid, tuple[Any]] | None:  # fmt: skip
+        left = _matrices(x, x_strides, p.m, p.k * bits // 8 * wide, wide)
+        size = itemsize(p.out)
+        result = added = _matrices(out, out_strides, p.m, p.n * size, size)
+        if residual_strides is not None:
+            size = itemsize(str(p.residual))
+            added = _matrices(residual, residual_strides, p.m, p.n * size, size)
+        if left is None or result is None or added is None:
+            return None
+        scales, zeros = Vectors(scale, *steps), Vectors(zero, *steps)
+        rest = added if residual_strides is not None else None
+        made = argument(Places(left, scales, zeros, factor, result, bias, rest, *others))
         return None if made is None else (made[0], (machine.by_value(bytes(made[1])),))
 
     def run(x: Any, epilogue: Epilogue, out: Array) -> None:
-        codes, scale, step, zero, factor = x, 0, 0, 0, 0
+        codes, scale, zero, factor = x, 0, 0, 0
         if isinstance(x, Packed):
             codes = x.codes
-            scale, step = address(x.scales), int(x.scales.size > 1)
+            scale = address(x.scales)
             zero = 0 if x.zeros is None else address(x.zeros)
             factor = 0 if x.tensor_scale is None else address(x.tensor_scale)
         bias, residual = epilogue.bias, epilogue.residual
-        pitch, out_pitch = pitch_of(codes), pitch_of(out)
-        added_pitch = 0 if residual is None else pitch_of(residual)
-        found = None
-        if pitch and out_pitch and (added_pitch or residual is None):
-            found = prepared(
-                address(codes),
-                pitch,
-                scale,
-                step,
-                zero,
-                factor,
-                address(out),
-                out_pitch,
-                0 if bias is None else address(bias),
-                0 if residual is None else address(residual),
-                added_pitch,
-                address(machine.scratch(partial)) if partial else 0,
-                address(machine.counters(locks)) if locks else 0,
-                epilogue.alpha,
-            )
+        found = prepared(
+            address(codes),
+            codes.strides,
+            scale,
+            zero,
+            factor,
+            address(out),
+            out.strides,
+            0 if bias is None else address(bias),
+            0 if residual is None else address(residual),
+            None if residual is None else residual.strides,
+            address(machine.scratch(partial)) if partial else 0,
+            address(machine.counters(locks)) if locks else 0,
+            epilogue.alpha,
+        )
         if found is None:
             otherwise(x, epilogue, out)
         else:
@@ -106,20 +109,61 @@ def runner(
     return run
 
 
-def pitch_of(rows: Array) -> int:
-    """Bytes from a row to the next; 0 where rows have gaps, overlap or go backwards."""
-    pitch, along = rows.strides[-2:]
-    least: int = rows.shape[-1] * rows.itemsize
-    if along != rows.itemsize:
-        return 0
-    # What lies between the only row and the next one is anything.
-    return least if rows.shape[-2] == 1 else pitch if pitch >= least else 0
+def _matrices(address: int, strides: Strides, rows: int, least: int, size: int) -> Matrices | None:
+    """Matrices of so many rows of `least` bytes, numbers of `size`, as they lie.
+
+    None where rows have gaps, overlap, go backwards or begin elsewhere than at multiples of PIECE,
+    or where matrices do not go forwards.
+    """
+    *stack, pitch, along = strides
+    if rows == 1:
+        pitch = least  # what lies between the only row and the next one is anything
+    batch = stack[0] if stack else 0
+    if along != size or pitch < least or (stack and batch <= 0):
+        return None
+    return None if (address | pitch | batch) % PIECE else Matrices(address, pitch, batch)
 
 
-def steady(machine: Machine, rows: Array) -> bool:
-    """Whether rows begin at multiples of PIECE, one behind the other."""
-    pitch = pitch_of(rows)
-    return pitch > 0 and (machine.address(rows) | pitch) % PIECE == 0
+def placed(machine: Machine, rows: Array) -> Matrices | None:
+    """Where rows begin at multiples of PIECE, one behind the other; None where they do not."""
+    size = rows.itemsize
+    return _matrices(
+        machine.address(rows), rows.strides, rows.shape[-2], rows.shape[-1] * size, size
+    )
+
+
+def vectors(machine: Machine, numbers: Array) -> Vectors:
+    """Numbers of rows, or of all rows of a matrix: (..., rows, 1)."""
+    rows = numbers.shape[-2]
+    return Vectors(machine.address(numbers), int(rows > 1), rows if numbers.ndim == 3 else 0)
+
+
+def matrix_by_matrix(build: Callable[[Problem], Bind], p: Problem) -> Bind:
+    """Another kernel's run, for memory that kernels here do not read; of a stack, for each."""
+    bind = build(replace(p, batches=1))
+    if p.batches == 1:
+        return bind
+
+    def to(w: Packed) -> Run:
+        @cache
+        def bound(i: int) -> Run:
+            return bind(_matrix(w, i))
+
+        def run(x: Any, epilogue: Epilogue, out: Array) -> None:
+            for i in range(p.batches):
+                rest = None if epilogue.residual is None else epilogue.residual[i]
+                after = Epilogue(epilogue.alpha, epilogue.bias, epilogue.activation, rest)
+                bound(i)(_matrix(x, i), after, out[i])
+
+        return run
+
+    return to
+
+
+def _matrix(stack: Any, i: int) -> Any:
+    if isinstance(stack, Packed):
+        return reference.take(stack, i, slice(0, stack.shape[-2]))
+    return stack[i]
 
 
 def refuse_rows(p: Problem) -> str | None:

@@ -14,11 +14,11 @@ import numpy as np
 
 from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda import compile, float8, gemm, integer, launch
 from lowbit.kernels.cuda.launch import Machine, Source
 from lowbit.kernels.cutlass import ampere, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.ampere import Spec
-from lowbit.kernels.cutlass.dense import Call, Matrices
+from lowbit.kernels.cutlass.dense import Call
 from lowbit.kernels.cutlass.launcher import Grid, Places
 from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
@@ -34,6 +34,7 @@ from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, segment_
 
 FASTER = 2.0  # than tensor cores on 16-bit numbers
 _LONGEST = (2**31 - 1) // 2**14  # columns of int8 whose sums surely fit in int32
+_MOST = 65535  # blocks of a grid's third axis
 _FLOAT8 = ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
 
 
@@ -139,13 +140,12 @@ def spec_of(family: Family, p: Problem) -> Spec:
 
 def _best(family: Family, p: Problem) -> Way | None:
     capability = launch.parse(p.device).capability
-    # Where bits must not depend on the number of rows, neither may the tile.
-    asked = replace(p, m=product.rows_of(p))
     usable = (
         way
         for way in family.ways
         if compile.lacking(source(spec_with(family, p, way)), capability) is None
     )
+    asked = tiles.asked(p)
     return min(usable, key=lambda way: tiles.seconds(asked, way.tile, FASTER), default=None)
 
 
@@ -167,6 +167,8 @@ def _accepts(family: Family, p: Problem) -> str | None:
         return f"sums of {p.k} columns do not surely fit in int32"
     if p.k % family.together:
         return f"wants rows of a multiple of {family.together} columns, got {p.k}"
+    if p.batches > _MOST:
+        return f"a launch has room for {_MOST} matrices, got {p.batches}"
     refusal = launcher.refuse_result(p)
     if refusal is not None:
         return refusal
@@ -182,40 +184,35 @@ def _build(family: Family, p: Problem) -> Bind:
 
 def bind(p: Problem, spec: Spec) -> Bind:
     """Bind an accepted product to weights, by any of its kernels."""
-    otherwise = (integer if spec.integral else gemm).build(p)
+    otherwise = launcher.matrix_by_matrix((integer if spec.integral else gemm).build, p)
     named = source(spec)
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         raw: Run = otherwise(w)
-        w_scale = _scales(machine, w.scales, p.n)
-        if not launcher.steady(machine, w.codes) or machine.address(w_scale) % launcher.PIECE:
+        weight, scales = launcher.placed(machine, w.codes), _scales(machine, w.scales, p.n)
+        if weight is None or machine.address(scales) % launcher.PIECE:
             return raw
-        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
 
         def argument(at: Places) -> tuple[Grid, bytearray] | None:
             if at.bias % launcher.PIECE:
                 return None
-            finish = ampere.operands(
-                (at.x_scale, at.x_step), machine.address(w_scale), at.alpha, at.bias
-            )
-            call = Call(
-                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
-                Matrices(at.out, at.out_pitch), finish, Matrices(at.residual, at.residual_pitch),
-            )  # fmt: skip
+            w_scale = launcher.vectors(machine, scales)
+            finish = ampere.operands(at.x_scale, w_scale, at.alpha, at.bias)
+            call = Call(p.m, p.n, p.k, at.x, weight, at.out, finish, at.residual, p.batches)
             return ampere.grid(spec, call), ampere.arguments(spec, call)
 
-        return launcher.runner(machine, named, raw, argument)
+        return launcher.runner(p, machine, named, raw, argument)
 
     return to
 
 
 def _scales(machine: Machine, scales: Array, rows: int) -> Array:
     """One for every row, as kernels read four at a time."""
-    if scales.size > 1:
+    if scales.shape[-2] == rows:
         return scales
-    found: Array = machine.empty((rows,), np.float32)
-    found[...] = scales.reshape(1)
+    found: Array = machine.empty((*scales.shape[:-2], rows, 1), np.float32)
+    found[...] = scales
     machine.settle()
     return found
 

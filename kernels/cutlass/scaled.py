@@ -10,7 +10,7 @@ measured them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,11 +18,10 @@ import numpy as np
 
 from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, cublas, float8, interleave, launch, product
+from lowbit.kernels.cuda import compile, cublas, float8, interleave, launch
 from lowbit.kernels.cuda.launch import Machine, Source
 from lowbit.kernels.cutlass import blackwell, dense, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.blackwell import Call, Spec
-from lowbit.kernels.cutlass.dense import Matrices
 from lowbit.kernels.cutlass.launcher import Places
 from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
@@ -135,8 +134,7 @@ def spec_of(family: Family, p: Problem) -> Spec:
 
 def _best(family: Family, p: Problem) -> Tile | None:
     capability = launch.parse(p.device).capability
-    # Where bits must not depend on the number of rows, neither may the tile.
-    asked = replace(p, m=product.rows_of(p))
+    asked = tiles.asked(p)
     usable = (
         tile
         for tile in ways(family, capability)
@@ -200,30 +198,26 @@ def bind(p: Problem, spec: Spec) -> Bind:
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         raw: Run = otherwise(w)
-        if not launcher.steady(machine, w.codes):
+        weight = launcher.placed(machine, w.codes)
+        if weight is None:
             return raw
-        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
-        w_scales = _interleaved(machine, w.scales) if blocks else w.scales
-        w_scale = machine.address(w_scales)
+        scales = _interleaved(machine, w.scales) if blocks else w.scales
         w_factor = 0 if w.tensor_scale is None else machine.address(w.tensor_scale)
 
         def argument(at: Places) -> tuple[launcher.Grid, bytearray]:
-            step = int(w.scales.size > 1)
-            finish = dict(
-                dense.operands((at.x_scale, at.x_step), (w_scale, step), at.alpha, at.bias)
-            )
+            w_scale = launcher.vectors(machine, w.scales)._replace(address=machine.address(scales))
+            finish = dict(dense.operands(at.x_scale, w_scale, at.alpha, at.bias))
             for name, factor in (("x_factor", at.x_factor), ("w_factor", w_factor)):
                 finish |= {name: factor, f"{name}.default": 1.0}
             call = Call(
-                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight, Matrices(at.out, at.out_pitch),
-                tuple(finish.items()), Matrices(at.residual, at.residual_pitch),
-                x_scales=at.partial, w_scales=w_scale,
+                p.m, p.n, p.k, at.x, weight, at.out, tuple(finish.items()), at.residual,
+                x_scales=at.partial, w_scales=w_scale.address,
             )  # fmt: skip
             made = blackwell.arguments(spec, call, processors, machine.encode)
             return blackwell.grid(spec, call), made
 
         words = interleave.words(p.m, blocks)
-        run = launcher.runner(machine, source(spec), raw, argument, partial=words)
+        run = launcher.runner(p, machine, source(spec), raw, argument, partial=words)
 
         def ordered(x: Any, epilogue: Epilogue, out: Array) -> None:
             interleave.interleave(x.scales, machine.scratch(words))
@@ -258,6 +252,7 @@ KERNELS = tuple(
         build=partial(_build, family),
         roundings=partial(_roundings, family),
         by_name=True,
+        stacks=False,
     )
     for family in _FAMILIES
 )

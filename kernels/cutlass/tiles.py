@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from lowbit.kernels.cuda import costs, launch
+from lowbit.kernels.cuda import costs, launch, product
 from lowbit.kernels.cutlass import streamk
 from lowbit.kernels.cutlass.schedulers import Tiling, grid
 from lowbit.kernels.cutlass.streamk import Sharing
@@ -41,7 +41,7 @@ class Tile:
         """Tiles of a product."""
         first, second = (p.n, p.m) if self.turned else (p.m, p.n)
         m, n, _ = self.shape
-        return Tiling(-(-first // m), -(-second // n), 1, self.cluster)
+        return Tiling(-(-first // m), -(-second // n), p.batches, self.cluster)
 
     def sharing(self, p: Problem) -> Sharing:
         """How blocks share the columns."""
@@ -53,7 +53,7 @@ class Tile:
     def blocks(self, p: Problem) -> int:
         """That a product keeps busy, if the GPU has so many."""
         (m, n), sharing = self.tiling(p).blocks, self.sharing(p)
-        return max(m * n * sharing.splits, sharing.units)
+        return max(m * n * p.batches * sharing.splits, sharing.units)
 
     def waves(self, p: Problem) -> float:
         """Tiles that each block computes, one after the other, or parts of them."""
@@ -62,7 +62,7 @@ class Tile:
         a, b, _ = on(tiling, launch.parse(p.device).processors)
         if sharing.tiles:
             return (m * n - sharing.tiles) / (a * b) + sharing.tiles / sharing.units
-        return -(-m * n * sharing.splits // (a * b)) / sharing.splits
+        return -(-m * n * p.batches * sharing.splits // (a * b)) / sharing.splits
 
     def __str__(self) -> str:
         shape, cluster = ("x".join(map(str, each)) for each in (self.shape, self.cluster))
@@ -93,7 +93,15 @@ def seconds(p: Problem, tile: Tile, faster: float) -> float:
     return costs.LAUNCH + _FILL + max(moved, computed) + added
 
 
+def asked(p: Problem) -> Problem:
+    """What a tile is chosen for: where bits must not depend on the rows, neither may the tile."""
+    return replace(p, m=product.rows_of(p), batches=1) if p.batch_invariant else p
+
+
 def best(p: Problem, family: str, faster: float, usable: Callable[[Tile], bool]) -> Tile | None:
-    """The tile of the least estimate among the usable ones; None where there is none."""
-    fitting = [tile for tile in listed(family) if usable(tile)]
-    return min(fitting, key=lambda tile: seconds(p, tile, faster), default=None)
+    """The tile of the least estimate among the usable ones; None where there is none.
+
+    Matrices of a stack are many tiles already, whose columns blocks need not share.
+    """
+    fitting = [t for t in listed(family) if not (t.shared and p.batches > 1) and usable(t)]
+    return min(fitting, key=lambda tile: seconds(asked(p), tile, faster), default=None)

@@ -5,20 +5,21 @@ are rounded to bfloat16 on their way, which kernels/cuda/hopper.py does not need
 matmul.cutlass.upcast_int8: int8 x, exactly.
 matmul.cutlass.upcast_float8: float8 x, whose sums the tensor cores alone add up over all columns;
 chosen by name only. Scales of groups are multiplied into int4's 16 codes beforehand, and rounded to
-float8.
+float8; by matmul.cutlass.upcast_float8_scaled on their way, to the same numbers: 2 bytes of a group
+are read there instead of 8, and each code takes more instructions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from lowbit.formats import Element, Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda import compile, float8, gemm, integer, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, elements, families, launcher, mixed, tiles, weights
-from lowbit.kernels.cutlass.dense import Matrices
+from lowbit.kernels.cutlass.dense import Matrices, Vectors
 from lowbit.kernels.cutlass.launcher import Grid, Places
 from lowbit.kernels.cutlass.mixed import TABLE, Call, Spec
 from lowbit.kernels.cutlass.package import Shipped
@@ -60,7 +61,9 @@ _SIXTEEN = Family(
 )
 _INT8 = Family("upcast_int8", _FOURS, "int4 or uint4", 2)
 _FLOAT8 = Family("upcast_float8", _FOURS, "int4 or uint4", 2)
-FAMILIES = _SIXTEEN, _INT8, _FLOAT8
+_SCALED = Family("upcast_float8_scaled", _FOURS[:1], "int4", 2)
+_FLOATS = _FLOAT8, _SCALED
+FAMILIES = _SIXTEEN, _INT8, _FLOAT8, _SCALED
 
 
 @lru_cache(maxsize=512)
@@ -115,6 +118,8 @@ def _grouped(p: Problem) -> bool:
 def _met(family: Family, p: Problem) -> tuple[str | None, bool]:
     """C++ type of the numbers that codes meet on their way, and whether addends are among them."""
     added = p.w.zero is not None or p.w.bias
+    if family is _SCALED:
+        return _X["bfloat16"], False
     if family is _FLOAT8:
         return (TABLE if _grouped(p) else None), False
     if family is _INT8:
@@ -134,9 +139,7 @@ def _best(family: Family, p: Problem) -> Tile | None:
             return False
         return compile.lacking(source(spec_with(family, p, tile)), capability) is None
 
-    # Where bits must not depend on the number of rows, neither may the tile.
-    asked = replace(p, m=product.rows_of(p))
-    return tiles.best(asked, family.name, family.faster, usable)
+    return tiles.best(p, family.name, family.faster, usable)
 
 
 def spec_of(family: Family, p: Problem) -> Spec:
@@ -186,9 +189,11 @@ def _refuse_scales(family: Family, p: Problem) -> str | None:
     w, grouped, tabled = p.w, _grouped(p), isinstance(p.w.scale.element, Element)
     if isinstance(w.zero, str):
         return f"takes off zero points that are whole numbers, {w.name} has others"
-    if family is _FLOAT8 and (w.zero is not None or w.bias):
+    if family in _FLOATS and (w.zero is not None or w.bias):
         return f"wants no zero points and no block biases, {w.name} has them"
-    if family is _FLOAT8 and grouped:
+    if family is _SCALED and not grouped:
+        return f"scales codes in groups, {w.name} has none; upcast_float8 takes it"
+    if family in _FLOATS and grouped:
         kind = w.scale.element
         tables = isinstance(kind, Element) and elements.name(kind) == _FLOAT
         if elements.name(w.element) != _FOURS[0] or not tables:
@@ -227,39 +232,40 @@ def _build(family: Family, p: Problem) -> Bind:
 
 def bind(p: Problem, spec: Spec) -> Bind:
     """Bind an accepted product to weights, by any of its kernels."""
-    otherwise, named = (integer if spec.integral else gemm).build(p), source(spec)
+    build, named = (integer if spec.integral else gemm).build, source(spec)
+    otherwise = launcher.matrix_by_matrix(build, p)
     processors = launch.parse(p.device).processors
     sharing = dense.sharing(spec, p.m, p.n, p.k, processors)
 
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         raw: Run = otherwise(w)
-        if not launcher.steady(machine, w.codes):
+        if launcher.placed(machine, w.codes) is None:
             return raw
         weight = weights.laid(machine, spec.scale, w)
         machine.settle()
         codes, scales, zeros = (
-            Matrices(0, 0) if each is None else Matrices(machine.address(each), each.strides[0])
+            Matrices(0, 0) if each is None else families.found(launcher.placed(machine, each))
             for each in (weight.codes, weight.scales, weight.zeros)
         )
         rows = weight.row_scales
-        w_scale = (0, 0) if rows is None else (machine.address(rows), int(rows.size > 1))
+        w_scale = Vectors(0) if rows is None else launcher.vectors(machine, rows)
 
         def argument(at: Places) -> tuple[Grid, bytearray]:
             alpha = at.alpha * weight.factor
-            finish = dict(dense.operands((at.x_scale, at.x_step), w_scale, alpha, at.bias))
+            finish = dict(dense.operands(at.x_scale, w_scale, alpha, at.bias))
             # What has no scales has 1.
             finish |= {"x_scale.default": 1.0, "w_scale.default": 1.0}
             call = Call(
-                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), codes, Matrices(at.out, at.out_pitch),
-                tuple(finish.items()), Matrices(at.residual, at.residual_pitch), sharing=sharing,
-                partial=at.partial, locks=at.locks, group=_group(p), scales=scales, zeros=zeros,
+                p.m, p.n, p.k, at.x, codes, at.out, tuple(finish.items()), at.residual, p.batches,
+                sharing=sharing, partial=at.partial, locks=at.locks, group=_group(p),
+                scales=scales, zeros=zeros,
             )  # fmt: skip
             made = mixed.arguments(spec, call, processors, machine.encode)
             return dense.grid(spec, call, processors), made
 
         words = dense.words(spec, p.m, p.n, sharing)
-        return launcher.runner(machine, named, raw, argument, **words)
+        return launcher.runner(p, machine, named, raw, argument, **words)
 
     return to
 
@@ -269,7 +275,7 @@ def _roundings(family: Family, p: Problem) -> Roundings:
         return integer_roundings(p, p.k)
     grouped, most = _grouped(p), families.found(_best(family, p)).sharing(p).most
     after, shares = most + 1 + FINAL_ROUNDINGS, f", {most} shares ascending" if most > 1 else ""
-    if family is _FLOAT8:
+    if family in _FLOATS:
         # Numbers of a table are multiples of 2**-9: where they are small, half of that is lost.
         lost = _LARGEST * 2.0**-10 * ROOM if grouped else 0.0
         return Roundings(
@@ -298,7 +304,7 @@ KERNELS = tuple(
         seconds=partial(_seconds, family),
         build=partial(_build, family),
         roundings=partial(_roundings, family),
-        by_name=family is _FLOAT8,
+        by_name=family in _FLOATS,
     )
     for family in FAMILIES
 )

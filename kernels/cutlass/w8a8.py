@@ -14,11 +14,11 @@ import numpy as np
 
 from lowbit.formats import Element, Format, get, reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, cublas, emit, float8, gemm, integer, launch, product
+from lowbit.kernels.cuda import compile, cublas, emit, float8, gemm, integer, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cuda.row_sums import row_sums
 from lowbit.kernels.cutlass import dense, elements, families, launcher, tiles
-from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
+from lowbit.kernels.cutlass.dense import Call, Spec, Vectors
 from lowbit.kernels.cutlass.launcher import Places
 from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
@@ -82,8 +82,7 @@ def _best(family: str, p: Problem) -> Tile | None:
             return False
         return compile.lacking(source(spec_with(p, tile, fast=fast)), capability) is None
 
-    # Where bits must not depend on the number of rows, neither may the tile.
-    return tiles.best(replace(p, m=product.rows_of(p)), family, FASTER, usable)
+    return tiles.best(p, family, FASTER, usable)
 
 
 def _accepts(family: str, p: Problem) -> str | None:
@@ -135,10 +134,9 @@ def _build(family: str, p: Problem) -> Bind:
 
 def bind(p: Problem, spec: Spec) -> Bind:
     """Bind an accepted product to weights, by any of its kernels."""
-    if spec.x_zero is not None:
-        otherwise = cublas.build(p)
-    else:
-        otherwise = (integer if spec.integral else gemm).build(p)
+    other = integer if spec.integral else gemm
+    build = other.build if spec.x_zero is None else cublas.build
+    otherwise = launcher.matrix_by_matrix(build, p)
     named = source(spec)
     processors = launch.parse(p.device).processors
     sharing = dense.sharing(spec, p.m, p.n, p.k, processors)
@@ -146,29 +144,28 @@ def bind(p: Problem, spec: Spec) -> Bind:
     def to(w: Packed) -> Run:
         machine = launch.machine_of(w.codes)
         raw: Run = otherwise(w)
-        if not launcher.steady(machine, w.codes):
+        weight = launcher.placed(machine, w.codes)
+        if weight is None:
             return raw
-        weight = Matrices(machine.address(w.codes), w.codes.strides[0])
-        w_scale = machine.address(w.scales), int(w.scales.size > 1)
-        sums = None
+        w_scale, sums = launcher.vectors(machine, w.scales), None
         if spec.x_zero is not None:
-            sums = row_sums(w.codes.view(np.int8))
+            sums = row_sums(w.codes.view(np.int8).reshape(-1, p.k))
             machine.settle()
 
         def argument(at: Places) -> tuple[launcher.Grid, bytearray]:
-            finish = dense.operands((at.x_scale, at.x_step), w_scale, at.alpha, at.bias)
+            finish = dense.operands(at.x_scale, w_scale, at.alpha, at.bias)
             if sums is not None:
-                finish += dense.zero_operands((at.x_zero, at.x_step), machine.address(sums))
+                of_rows = Vectors(machine.address(sums), 1, p.n if p.batches > 1 else 0)
+                finish += dense.zero_operands(at.x_zero, of_rows)
             call = Call(
-                p.m, p.n, p.k, Matrices(at.x, at.x_pitch), weight,
-                Matrices(at.out, at.out_pitch), finish, Matrices(at.residual, at.residual_pitch),
+                p.m, p.n, p.k, at.x, weight, at.out, finish, at.residual, p.batches,
                 sharing=sharing, partial=at.partial, locks=at.locks,
             )  # fmt: skip
             made = dense.arguments(spec, call, processors, machine.encode)
             return dense.grid(spec, call, processors), made
 
         words = dense.words(spec, p.m, p.n, sharing)
-        return launcher.runner(machine, named, raw, argument, **words)
+        return launcher.runner(p, machine, named, raw, argument, **words)
 
     return to
 

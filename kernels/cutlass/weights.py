@@ -28,10 +28,10 @@ class Weight:
 
     codes: Array
     scales: Array | None = None
-    """(groups, n), rows at multiples of 16 bytes."""
+    """(..., groups, n), rows at multiples of 16 bytes."""
     zeros: Array | None = None
     row_scales: Array | None = None
-    """float32, for rows or for all."""
+    """float32 (..., rows, 1), or (..., 1, 1) for all."""
     factor: float = 1.0
     """That multiplies all."""
 
@@ -41,7 +41,11 @@ def laid(machine: Machine, scale: str | None, w: Packed) -> Weight:
     codes, fmt = w.codes.view(np.uint8), w.format
     if scale == TABLE:
         table = tabled(machine, w.scales)
-        return Weight(recoded(codes), table, row_scales=w.tensor_scale, factor=ROOM)
+        return Weight(recoded(codes), table, row_scales=_second(w), factor=ROOM)
+    if isinstance(fmt.scale.element, Element):
+        # Of 4 significant bits: their products with int4's codes are exact in bfloat16.
+        found = _turned(machine, str(scale), _float8s(w.scales.view(np.uint8)) / np.float32(ROOM))
+        return Weight(codes, found, row_scales=_second(w), factor=ROOM)
     scales, zeros = _floats(str(fmt.scale.element), w.scales), w.zeros
     if scale is None:
         return Weight(codes, row_scales=_of_rows(w, scales, whole=True))
@@ -62,12 +66,18 @@ def laid(machine: Machine, scale: str | None, w: Packed) -> Weight:
     return Weight(codes, turned(scales), None if added is None else turned(added))
 
 
+def _second(w: Packed) -> Array | None:
+    """The second-level scale as one for all rows."""
+    found = w.tensor_scale
+    return None if found is None else found.reshape(*found.shape, 1, 1)
+
+
 def _of_rows(w: Packed, numbers: Array, *, whole: bool = False) -> Array:
     """Numbers of blocks as those of their rows; `whole`: one for all rows may stay one."""
     rows, n = w.format.scale.block[0], w.shape[-2]
-    if rows == 1 or (whole and numbers.shape[0] == 1):
+    if rows == 1 or (whole and numbers.shape[-2] == 1):
         return numbers
-    spread: Array = numbers.repeat(n if rows is None else rows, 0)[:n]
+    spread: Array = numbers.repeat(n if rows is None else rows, -2)[..., :n, :]
     return spread
 
 
@@ -98,7 +108,7 @@ def shortened(scales: Array, fmt: Format) -> Array:
 
 
 def _turned(machine: Machine, kind: str, numbers: Array) -> Array:
-    """(groups, n) of a C++ type, that holds every number exactly."""
+    """(..., groups, n) of a C++ type, that holds every number exactly."""
     bits = numbers.view(np.uint32) if kind == "float" else numbers
     if kind == "cutlass::bfloat16_t":
         bits = (numbers.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
@@ -110,10 +120,10 @@ def _turned(machine: Machine, kind: str, numbers: Array) -> Array:
 
 
 def _padded(machine: Machine, numbers: Array) -> Array:
-    n, groups = numbers.shape
+    *stack, n, groups = numbers.shape
     together = _PIECE // numbers.itemsize
-    made: Array = machine.empty((groups, -(-n // together) * together), numbers.dtype)
-    made[:, :n] = numbers.T
+    made: Array = machine.empty((*stack, groups, -(-n // together) * together), numbers.dtype)
+    made[..., :n] = numbers.swapaxes(-1, -2)
     return made
 
 
@@ -128,18 +138,36 @@ def recoded(codes: Array) -> Array:
     return found
 
 
-def tabled(machine: Machine, scales: Array) -> Array:
-    """(groups, n, 8): float8 of -8 to -1 times an eighth of each scale; 0 needs no number."""
-    codes = scales.view(np.uint8)
-    n, groups = codes.shape
+def _small(size: Array) -> Array:
+    """float8_e4m3fn without its sign, times 2**-120: subnormals too.
+
+    Its exponent and mantissa are float32's there; NaN is 480.
+    """
+    found: Array = (size.astype(np.uint32) << np.uint32(20)).view(np.float32)
+    return found
+
+
+def _float8s(codes: Array) -> Array:
+    """float8_e4m3fn as float32, by operations that CuPy has."""
     sign, size = codes & np.uint8(0x80), codes & np.uint8(0x7F)
-    # float8's exponent and mantissa are float32's, 120 powers of two lower: subnormals too.
-    wide = (size.astype(np.uint32) << np.uint32(20)).view(np.float32)
+    found = _small(size) * np.float32(2.0**120)
+    nan = size == np.uint8(0x7F)
+    signed: Array = found * (np.float32(1) - np.float32(2) * (sign != 0).astype(np.float32))
+    signed[nan] = np.nan
+    return signed
+
+
+def tabled(machine: Machine, scales: Array) -> Array:
+    """(..., groups, 8 n): float8 of -8 to -1 times an eighth of each scale; 0 needs no number."""
+    codes = scales.view(np.uint8)
+    *stack, n, groups = codes.shape
+    sign, size = codes & np.uint8(0x80), codes & np.uint8(0x7F)
+    wide = _small(size)
     nan = (size == np.uint8(0x7F)).astype(np.uint8) * np.uint8(0x7F)
-    made: Array = machine.empty((groups, n + n % 2, 8), np.uint8)
+    made: Array = machine.empty((*stack, groups, n + n % 2, 8), np.uint8)
     for i in range(8):
         bits = (wide * np.float32((8 - i) / ROOM)).view(np.uint32)
         even = (bits >> np.uint32(20)) & np.uint32(1)
         found = ((bits + np.uint32(0x7FFFF) + even) >> np.uint32(20)).astype(np.uint8)
-        made[:, :n, i] = ((found | nan) | (sign ^ np.uint8(0x80))).T
-    return made
+        made[..., :n, i] = ((found | nan) | (sign ^ np.uint8(0x80))).swapaxes(-1, -2)
+    return made.reshape(*stack, groups, -1)

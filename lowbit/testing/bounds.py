@@ -257,7 +257,7 @@ def exact(
         kernel=kernel,
     )
     chosen = next(v.kernel for v in explanation.verdicts if v.kernel.name == explanation.kernel)
-    inner = outer = chosen.roundings(explanation.problem)
+    inner = outer = chosen.roundings(chosen.asked(explanation.problem))
     left, right, _ = products.operands_of(x, w)
     dtype = dispatch.promoted(left.dtype, right.dtype)
     if out_dtype is not None:

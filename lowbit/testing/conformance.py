@@ -64,7 +64,7 @@ def rounds_values(kernel: str, x: Any, w: QArray) -> bool:
     """
     explanation = explain(x, w.T)
     chosen = next(v.kernel for v in explanation.verdicts if v.kernel.name == kernel)
-    return chosen.roundings(explanation.problem).weight > 0
+    return chosen.roundings(chosen.asked(explanation.problem)).weight > 0
 
 
 def dense_or_quantized(x: Format | str, m: int, k: int, seed: int = 0) -> Any:

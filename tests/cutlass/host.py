@@ -61,12 +61,12 @@ def memory(
     return np.ndarray(shape, dtype, held.data, 0, strides)
 
 
-def read(descriptor: bytes, dtype: Any) -> np.ndarray[Any, Any]:
-    """The matrix that a recorded descriptor is of."""
-    address, columns, rows, *_ = fields(descriptor)
-    return memory(
-        address, (rows, columns), (fields(descriptor)[6], np.dtype(dtype).itemsize), dtype
-    )
+def read(descriptor: bytes, dtype: Any, batch: int = 0) -> np.ndarray[Any, Any]:
+    """A matrix that a recorded descriptor is of."""
+    address, columns, rows, matrices, _, _, pitch, between, *_ = fields(descriptor)
+    assert batch < matrices
+    size = np.dtype(dtype).itemsize
+    return memory(address + batch * between, (rows, columns), (pitch, size), dtype)
 
 
 class Watching(Recorder):

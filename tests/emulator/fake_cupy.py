@@ -284,6 +284,12 @@ class Machine:
     def matmul(self, x: Any, w: Any) -> ndarray:
         return _made(self.inner.matmul(x.held, w.held))
 
+    def encode(self, wanted: Any) -> Any:
+        return self.inner.encode(wanted)
+
+    def by_value(self, data: bytes) -> Any:
+        return self.inner.by_value(data)
+
     def settle(self) -> None:
         pass
 
