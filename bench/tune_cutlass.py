@@ -59,8 +59,8 @@ WAYS = {
         f.name: Way(x, w, f.faster, _upcast(f))
         for f, x, w in zip(
             upcast.FAMILIES,
-            ("bfloat16", "int8_row", "fp8_row"),
-            ("int4_g128", "int4_row", "int4_g128"),
+            ("bfloat16", "int8_row", "fp8_row", "fp8_row"),
+            ("int4_g128", "int4_row", "int4_g128_e4m3", "int4_g128_e4m3"),
             strict=True,
         )
     },

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit as lb
+from lowbit import cuda_interop, interop, products
 from lowbit import device as places
 from lowbit import grouped as grouped_module
 from lowbit.formats import reference
@@ -290,19 +291,34 @@ class Cupy(fake_cupy.Machine):
         return data
 
 
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CuPy's stand-in, whose fresh memory is not zero by chance."""
+    cupy = fake_cupy.module()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
+    cupy.arange = lambda count: cupy.asarray(np.arange(count))
+    cupy.empty = lambda shape, dtype: cupy.full(shape, 7, dtype)
+    return cupy
+
+
+@pytest.fixture
+def hopper(cupy: Any, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Machine]:
+    """CuPy's stand-in and what its launches are computed by."""
+    inner = Machine(launch.parse(HOPPER), emulator)
+    machine = Cupy(inner)
+    monkeypatch.setattr(launch, "machine_of", lambda array: machine)
+    return cupy, inner
+
+
 @pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("x_format", [None, "int8_row"])
 def test_one_launch_serves_all_groups(
-    emulator: Any, monkeypatch: pytest.MonkeyPatch, x_format: str | None, there: bool
+    hopper: tuple[Any, Machine], x_format: str | None, there: bool
 ) -> None:
     """lb.grouped_matmul, offsets on the GPU or not: nothing comes back to the host."""
-    cupy = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
-    inner = Machine(launch.parse(HOPPER), emulator)
-    machine = Cupy(inner)
-    monkeypatch.setattr(launch, "machine_of", lambda array: machine)
+    cupy, inner = hopper
     rng, experts, n, k = np.random.default_rng(5), 4, 72, 160
     ends = np.array([7, 7, 30, 41])
     x = rng.standard_normal((41, k), np.float32)
@@ -323,10 +339,9 @@ def test_one_launch_serves_all_groups(
         np.testing.assert_array_equal(each.get(), expected)
 
 
-def test_other_groups_take_a_launch_each(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
+def test_other_groups_take_a_launch_each(
+    cupy: Any, emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = fake_cupy.Machine(emulator)  # a plain device
     monkeypatch.setattr(launch, "machine_of", lambda array: machine)
     x = np.random.default_rng(5).standard_normal((6, 64), np.float32)
@@ -335,6 +350,10 @@ def test_other_groups_take_a_launch_each(emulator: Any, monkeypatch: pytest.Monk
     wanted = lb.grouped_matmul(x, w, [2, 6], x_format="int8_row")
     ends = cupy.asarray(np.array([2, 6]))
     got = lb.grouped_matmul(cupy.asarray(x), there, ends, x_format="int8_row")
+    np.testing.assert_array_equal(got.get(), wanted)
+    x, counts = x.reshape(2, 3, 64), cupy.asarray(np.array([1, 2]))
+    wanted = lb.grouped_matmul(x, w, counts=[1, 2], x_format="int8_row")
+    got = lb.grouped_matmul(cupy.asarray(x), there, counts=counts, x_format="int8_row")
     np.testing.assert_array_equal(got.get(), wanted)
 
 
@@ -361,17 +380,12 @@ def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: An
 @pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
 @pytest.mark.parametrize("sliced", ["x", "x backwards", "w", "neither"])
 def test_what_has_gaps_takes_a_launch_each(
-    emulator: Any, monkeypatch: pytest.MonkeyPatch, sliced: str
+    hopper: tuple[Any, Machine], monkeypatch: pytest.MonkeyPatch, sliced: str
 ) -> None:
     """Scales of slices lie apart: one launch would read others."""
-    cupy = fake_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
-    inner = Machine(launch.parse(HOPPER), emulator)
-    machine = Cupy(inner)
-    monkeypatch.setattr(launch, "machine_of", lambda array: machine)
+    _, inner = hopper
     each: list[str] = []
-    monkeypatch.setattr(grouped_module, "_groups", lambda *given: each.append("a launch each"))
+    monkeypatch.setattr(grouped_module, "_each", lambda *given: each.append("a launch each"))
     rng, experts, n, k = np.random.default_rng(5), 2, 72, 160
     step = {"x": 2, "x backwards": -1}.get(sliced, 1)
     rows = 24 if sliced == "x" else 12
@@ -384,3 +398,163 @@ def test_what_has_gaps_takes_a_launch_each(
     lb.grouped_matmul(x[::step], stack, np.array([5, 12]), out_dtype="float32")
     assert (each == []) == (sliced == "neither")
     assert bool(inner.launched) == (sliced == "neither")
+
+
+class Rooms:
+    """Operands of experts with a room each, on the host and on the GPU."""
+
+    counts = np.array([7, 0, 12, 3])
+
+    def __init__(self, cupy: Any, inner: Machine, x_format: str | None, room: int = 12) -> None:
+        rng, n, k = np.random.default_rng(5), 72, 160
+        experts = len(self.counts)
+        values = rng.standard_normal((experts, room, k), np.float32)
+        if x_format is not None:
+            for e, count in enumerate(self.counts):
+                values[e, count:] = np.nan
+        self.w = lb.quantize(rng.standard_normal((experts, n, k), np.float32), "int8_row")
+        codes = lb.quantize(values, "int8_row") if x_format is None else None
+        self.x: Any = values if codes is None else codes
+        self.bias = rng.standard_normal((experts, n), np.float32)
+        self.shape = experts, room, n
+        self.given: dict[str, Any] = {"x_format": x_format, "alpha": 0.5}
+        x = cupy.asarray(values) if codes is None else codes.to_device("cuda")
+        self.there = x, self.w.to_device("cuda")
+        self.given_there = {**self.given, "bias": cupy.asarray(self.bias)}
+        fmt = self.w.format
+        p = Problem(experts * room, n, k, fmt, fmt, "float32", bias=True, device=HOPPER)
+        inner.spec, inner.format = experts_of.spec_of(p, experts), "int8_row"
+
+    def wanted(self, **options: Any) -> Any:
+        """By one product after the other."""
+        options = {"bias": self.bias, "counts": self.counts, **self.given, **options}
+        return lb.grouped_matmul(self.x, self.w, **options)
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize("counted", ["int32", "int64", "here"])
+@pytest.mark.parametrize("x_format", [None, "int8_row"])
+def test_one_launch_serves_all_rooms(
+    hopper: tuple[Any, Machine], x_format: str | None, counted: str
+) -> None:
+    """Counts on the GPU or not: nothing comes back to the host."""
+    cupy, inner = hopper
+    each = Rooms(cupy, inner, x_format)
+    here = counted == "here"
+    counts = each.counts if here else cupy.asarray(each.counts.astype(counted))
+    kept = cupy.full(each.shape, 3, np.float32)
+    gaps = cupy.full((*each.shape[:2], 2 * each.shape[2]), 3, np.float32)[..., ::2]
+    with fake_cupy.uncopied():
+        got = lb.grouped_matmul(*each.there, counts=counts, **each.given_there)
+        for out in (kept, gaps):
+            found = lb.grouped_matmul(*each.there, counts=counts, out=out, **each.given_there)
+            assert found is out
+    assert len(inner.launched) == 3
+    beyond = np.arange(each.shape[1])[:, None] >= each.counts[:, None, None]
+    np.testing.assert_array_equal(got.get(), each.wanted())
+    assert not (got.get() * beyond).any()
+    for out in (kept, gaps):
+        np.testing.assert_array_equal(out.get(), np.where(beyond, 3, each.wanted()))
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize("x_format", [None, "int8_row"])
+def test_counts_that_nobody_saw_are_taken_within_the_room(
+    hopper: tuple[Any, Machine], x_format: str | None
+) -> None:
+    cupy, inner = hopper
+    each = Rooms(cupy, inner, x_format)
+    counts = cupy.asarray(np.array([7, -5, 10**12, 3]))
+    got = lb.grouped_matmul(*each.there, counts=counts, **each.given_there)
+    np.testing.assert_array_equal(got.get(), each.wanted())
+    assert len(inner.launched) == 1
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+def test_sorted_rows_and_rooms_of_as_many_are_bound_apart(hopper: tuple[Any, Machine]) -> None:
+    cupy, inner = hopper
+    each = Rooms(cupy, inner, None)
+    x, w = each.there
+    ends = np.array([7, 7, 30, 48])
+    rows = each.x.reshape(48, -1)
+    wanted = lb.grouped_matmul(rows, each.w, ends, bias=each.bias, **each.given)
+    for _ in range(2):
+        got = lb.grouped_matmul(x.reshape(48, -1), w, ends, **each.given_there)
+        np.testing.assert_array_equal(got.get(), wanted)
+        got = lb.grouped_matmul(x, w, counts=each.counts, **each.given_there)
+        np.testing.assert_array_equal(got.get(), each.wanted())
+    assert len(inner.launched) == 4
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize(
+    "how", ["a residual", "counts of int16", "scales of matrices", "no experts"]
+)
+def test_other_rooms_take_a_launch_each(
+    hopper: tuple[Any, Machine], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    cupy, inner = hopper
+    calls: list[Any] = []
+    monkeypatch.setattr(grouped_module, "_each", lambda x, w, where, *_: calls.append(where))
+    each = Rooms(cupy, inner, None)
+    x, w = each.there
+    counts = cupy.asarray(each.counts.astype("int16" if "int16" in how else "int64"))
+    given = each.given_there
+    if how == "a residual":
+        given = {**given, "residual": cupy.asarray(np.ones(each.shape, np.float32))}
+    elif how == "scales of matrices":
+        x = lb.quantize(each.x.dequantize(), "int8_tensor").to_device("cuda")
+    elif how == "no experts":
+        x, w, counts, given = x[:0], w[:0], counts[:0], each.given
+    got = lb.grouped_matmul(x, w, counts=counts, **given)
+    assert calls == [[(e, slice(0, n)) for e, n in enumerate(each.counts[: len(counts)])]]
+    assert not inner.launched
+    assert got.shape == (len(counts), *each.shape[1:])
+    assert not got.get().any()
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+def test_what_can_be_seen_to_be_wrong_is_said(hopper: tuple[Any, Machine]) -> None:
+    """Shapes and devices; nothing is launched."""
+    cupy, inner = hopper
+    each = Rooms(cupy, inner, None)
+    counts = cupy.asarray(np.array([0, 7, 0, 12, 3]))
+    with pytest.raises(ValueError, match=r"counts: want the number .* got shape \(5,\)"):
+        lb.grouped_matmul(*each.there, counts=counts, **each.given_there)
+    with pytest.raises(ValueError, match="counts: group 0 has 13 filled rows, want 0 to 12"):
+        lb.grouped_matmul(*each.there, counts=[13, 0, 0, 0], **each.given_there)
+    given = {**each.given_there, "bias": each.bias}
+    with pytest.raises(BufferError, match="bias: it is on cpu"):
+        lb.grouped_matmul(*each.there, counts=each.counts, **given)
+    with cupy.cuda.Device(1):
+        counts = cupy.asarray(each.counts)
+    with pytest.raises(BufferError, match="counts: it is on cuda:1"):
+        lb.grouped_matmul(*each.there, counts=counts, **each.given_there)
+    assert not inner.launched
+
+
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+def test_rooms_of_torch_begin_as_zeros(
+    hopper: tuple[Any, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's memory, too, holds anything."""
+    cupy, inner = hopper
+    each, made = Rooms(cupy, inner, "int8_row"), []
+
+    def result(shape: Any, dtype: Any, name: str) -> Any:
+        made.append(cupy.full(shape, 7, dtype))
+        return ("a tensor on", name), made[-1]
+
+    monkeypatch.setattr(cuda_interop, "torch_result", result)
+    monkeypatch.setattr(cuda_interop, "torch_stream", lambda name: places.named(name).current())
+    read = products.operands_of
+
+    def of_torch(x: Any, w: Any) -> Any:
+        return *read(x, w)[:2], interop.Origin("torch", "cuda:0")
+
+    monkeypatch.setattr(products, "operands_of", of_torch)
+    counts = cupy.asarray(each.counts)
+    got = lb.grouped_matmul(*each.there, counts=counts, **each.given_there)
+    assert got == ("a tensor on", "cuda:0")
+    monkeypatch.undo()
+    np.testing.assert_array_equal(made[0].get(), each.wanted())

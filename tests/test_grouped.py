@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit as lb
-from lowbit import binding, quantizing
+from lowbit import binding, interop, quantizing
 from lowbit.testing import assert_within_bound, conformance, random_qarray, strategies
 
 RNG = np.random.default_rng(0)
@@ -235,6 +235,197 @@ def test_numbers_that_are_not_finite_are_found_in_the_whole(x_format):
     x[7, 3] = np.nan
     with pytest.raises(ValueError, match=r"first at \(7, 3\)"):
         lb.grouped_matmul(x, stack("int8_row", 3, 17, 64), [4, 4, 9], x_format=x_format)
+
+
+# Counts
+
+
+def filled(x, counts):
+    """The same rows with NaN in those that hold nothing: whoever reads these is found out."""
+    x = x.copy()
+    for group, count in enumerate(counts):
+        x[group, count:] = np.nan
+    return x
+
+
+def rooms(x, w, counts, bias=None, residual=None, beyond=0, **options):
+    """What counts stand for: the loop over what is filled of each room."""
+    experts, room, n = x.shape[0], x.shape[1], w.shape[1]
+    parts = []
+    for expert, count in enumerate(counts):
+        own = dict(options)
+        if bias is not None:
+            own["bias"] = bias[expert]
+        if residual is not None:
+            own["residual"] = np.broadcast_to(residual, (experts, room, n))[expert, :count]
+        parts.append(lb.matmul(x[expert, :count], w[expert].T, **own))
+    result = np.full((experts, room, n), beyond, parts[0].dtype)
+    for expert, count in enumerate(counts):
+        result[expert, :count] = parts[expert]
+    return result
+
+
+@pytest.fixture
+def used_memory(monkeypatch):
+    """Fresh memory that is not zero by chance."""
+    fresh = interop.empty
+
+    def empty(shape, dtype):
+        array = fresh(shape, dtype)
+        array[...] = 7
+        return array
+
+    monkeypatch.setattr(interop, "empty", empty)
+
+
+@pytest.mark.parametrize(
+    ("x", "w"),
+    [
+        ("float32", "int4_g32_asym"),
+        ("bfloat16", "int8_row"),
+        ("float64", "int4_g32"),
+        ("float32", "int3_g24"),
+        ("int8_row", "int4_g32"),
+    ],
+)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_rooms_of_any_sizes_and_epilogue(x, w, data):
+    room = data.draw(st.sampled_from([0, 1, 5, 17, 40]))
+    counts = data.draw(st.lists(st.integers(0, room), min_size=1, max_size=5))
+    experts, n, k = len(counts), data.draw(st.integers(0, 70)), data.draw(st.integers(1, 130))
+    weights = stack(w, experts, n, k)
+    held = weights.prepare() if data.draw(st.booleans()) else weights
+    left = conformance.dense_or_quantized(x, experts * room, k).reshape(experts, room, k)
+    left = left if isinstance(left, lb.QArray) else filled(left, counts)
+    shapes = [(n,), (room, n), (experts, room, n)]
+    options = {
+        "bias": data.draw(st.sampled_from([None, normal(experts, n)])),
+        "residual": data.draw(st.sampled_from([None, *(normal(*shape) for shape in shapes)])),
+        "activation": data.draw(st.sampled_from([None, "relu", "silu"])),
+        "alpha": data.draw(st.sampled_from([1.0, -0.5])),
+        "out_dtype": data.draw(st.sampled_from([None, "float16"])),
+    }
+    got = lb.grouped_matmul(left, held, counts=counts, **options)
+    assert got.shape == (experts, room, n)
+    conformance.same_bits(got, rooms(left, weights, counts, **options))
+
+
+@pytest.mark.parametrize("name", ["int8_row", "int8_tensor", "int8_32x32", "mxfp8", "nvfp4"])
+def test_rooms_of_a_quantized_x(name, used_memory):
+    """Also where scales are not those of single rows."""
+    x, experts, counts = (
+        lb.quantize(normal(3, 40, 64), name),
+        stack("int8_row", 3, 17, 64),
+        [40, 0, 9],
+    )
+    bias = normal(3, 17)
+    got = lb.grouped_matmul(x, experts, counts=counts, bias=bias)
+    conformance.same_bits(got, rooms(x, experts, counts, bias=bias))
+    assert not got[1].any()
+    assert not got[2, 9:].any()
+
+
+@pytest.mark.parametrize(
+    "x_format", ["int8_row", "int8_g32", "int8_tensor", "float8_e4m3fn_row", "mxfp8", "nvfp4"]
+)
+@pytest.mark.parametrize("w", ["int8_row", "nvfp4"])
+def test_x_is_quantized_as_far_as_rooms_are_filled(x_format, w, used_memory):
+    counts = [4, 0, 5]
+    x, experts = filled(normal(3, 6, 64), counts), lb.quantize(normal(3, 17, 64), w)
+    got = lb.grouped_matmul(x, experts, counts=counts, x_format=x_format, alpha=2)
+    conformance.same_bits(got, rooms(x, experts, counts, x_format=x_format, alpha=2))
+
+
+@pytest.mark.parametrize("x_format", ["int8_row", "int8_tensor", "float8_e4m3fn_row", "mxfp8"])
+def test_numbers_that_are_not_finite_are_found_among_those_that_count(x_format):
+    x = filled(normal(3, 6, 64, dtype=BFLOAT16), [4, 0, 5])
+    x[2, 3, 7] = np.inf
+    with pytest.raises(ValueError, match=r"holds 1 NaN or infinite.*first at \(2, 3, 7\)"):
+        lb.grouped_matmul(x, stack("int8_row", 3, 17, 64), counts=[4, 0, 5], x_format=x_format)
+
+
+@pytest.mark.parametrize("kind", strategies.MEMORY)
+def test_rows_of_out_beyond_counts_stay(kind, used_memory):
+    counts = [4, 0, 6]
+    plain, experts = filled(normal(3, 6, 64), counts), stack("int4_g32", 3, 17, 64)
+    x = strategies.in_memory(plain, kind)
+    out = np.full((3, 6, 17), 3, np.float16)
+    out = out if kind == "read-only" else strategies.in_memory(out, kind)
+    assert lb.grouped_matmul(x, experts, counts=counts, out=out) is out
+    wanted = rooms(plain, experts, counts, beyond=3, out_dtype="float16")
+    np.testing.assert_array_equal(out, wanted)
+    conformance.same_bits(
+        lb.grouped_matmul(x, experts, counts=counts, out_dtype="float16"),
+        rooms(plain, experts, counts, out_dtype="float16"),
+    )
+
+
+def test_out_of_rooms_may_be_an_operand(used_memory):
+    x, experts, counts = normal(3, 5, 32), stack("int4_g32", 3, 32, 32), [4, 0, 5]
+    wanted = np.where(
+        np.arange(5)[:, None] < np.array(counts)[:, None, None],
+        rooms(x, experts, counts, residual=x),
+        x,
+    )
+    assert (lb.grouped_matmul(x, experts, counts=counts, residual=x, out=x) == wanted).all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "uint64"])
+def test_counts_of_any_integers(dtype):
+    x, experts, counts = normal(3, 5, 64), stack("int4_g32", 3, 17, 64), [4, 0, 5]
+    wanted = rooms(x, experts, counts)
+    got = lb.grouped_matmul(x, experts, counts=np.array(counts, dtype))
+    conformance.same_bits(got, wanted)
+    tensor = lb.grouped_matmul(torch.from_numpy(x), experts, counts=torch.tensor(counts))
+    assert isinstance(tensor, torch.Tensor)
+    conformance.same_bits(tensor.numpy(), wanted)
+
+
+def test_rooms_of_nothing(used_memory):
+    experts = stack("int8_row", 2, 17, 64)
+    assert lb.grouped_matmul(normal(2, 0, 64), experts, counts=[0, 0]).shape == (2, 0, 17)
+    nothing = lb.grouped_matmul(normal(2, 3, 64), experts, counts=[0, 0], bias=normal(2, 17))
+    assert nothing.shape == (2, 3, 17)
+    assert not nothing.any()
+    none = lb.grouped_matmul(normal(0, 3, 64), stack("int8_row", 0, 17, 64), counts=[])
+    assert none.shape == (0, 3, 17)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ([4, 0], ValueError, r"counts: want the number of .* 3 groups; got shape \(2,\)"),
+        ([0, 4, 0, 5], ValueError, r"counts: want .*; got shape \(4,\)"),
+        ([[4, 0, 5]], ValueError, r"counts: want .*; got shape \(1, 3\)"),
+        ([4, -1, 5], ValueError, "counts: group 1 has -1 filled rows, want 0 to 5"),
+        ([4, 0, 6], ValueError, "counts: group 2 has 6 filled rows, want 0 to 5"),
+        ([4.0, 0, 5], TypeError, "counts: want integers, got float64"),
+        ([True, True, True], TypeError, "counts: dtype bool"),
+    ],
+)
+def test_counts_that_are_none(counts, error, message):
+    with pytest.raises(error, match=message):
+        lb.grouped_matmul(normal(3, 5, 64), stack("int4_g32", 3, 17, 64), counts=counts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offsets": [5, 10, 15]}, "want either offsets, .*, or counts, .*; got both"),
+        ({"counts": None}, "want either offsets, .*, or counts, .*; got neither"),
+        ({"x": np.ones((15, 64), "f4")}, r"x has shape \(15, 64\), want \(3, rows, 64\) with"),
+        ({"x": np.ones((2, 5, 64), "f4")}, r"x has shape \(2, 5, 64\), want \(3, rows, 64\)"),
+        ({"x": np.ones((3, 5, 63), "f4")}, r"x has shape \(3, 5, 63\)"),
+        ({"bias": np.ones(17)}, r"bias: want shape \(3, 17\), got \(17,\)"),
+        ({"residual": np.ones((15, 17))}, r"residual: .* the result, \(3, 5, 17\)"),
+        ({"out": np.ones((15, 17), "f4")}, r"out: want shape \(3, 5, 17\), got \(15, 17\)"),
+    ],
+)
+def test_bad_operands_of_rooms(changes, message):
+    plain = {"x": normal(3, 5, 64), "w": stack("int4_g32", 3, 17, 64), "counts": [4, 0, 5]}
+    with pytest.raises(ValueError, match=message):
+        lb.grouped_matmul(**{**plain, **changes})
 
 
 # What is remembered
