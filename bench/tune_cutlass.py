@@ -2,9 +2,10 @@
 
     python -P bench/tune_cutlass.py [--family NAME] [--json FILE]
 
-Every tile computes a product that fills the GPU with whole waves of it. Its share of the tensor
-cores' peak goes into kernels/cutlass/tiles.json, which the choice of tiles is made from; commit
-the file, and run `make cubins` where the list of tiles itself has changed.
+Every tile computes a product that fills the GPU with whole waves of it, in every order of its
+tiles. The best order and its share of the tensor cores' peak go into kernels/cutlass/tiles.json,
+which the choice of tiles is made from; commit the file, and run `make cubins` where the list of
+tiles itself has changed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +69,7 @@ WAYS = {
 }  # fmt: skip
 DTYPES = ("bfloat16", "float16")
 WAVES, COLUMNS, CALLS, ROUNDS = 4, 8192, 20, 5
+SWIZZLES = (1, 2, 4, 8)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,8 +92,11 @@ def tune(cupy: Any, clock: Any, families: list[str], path: Path) -> None:
     table = json.loads(tiles.PATH.read_text(encoding="utf-8"))
     for family in families:
         for tile, row in zip(tiles.listed(family), table[family], strict=True):
-            row["share"] = round(share(cupy, clock, family, tile, device), 3)
-            print(f"{family}: {tile}: {row['share']:.1%} of the peak")
+            ways = [replace(tile, swizzle=wide) for wide in SWIZZLES]
+            shares = {way: share(cupy, clock, family, way, device) for way in ways}
+            best = max(ways, key=lambda way: shares[way])
+            row |= {"share": round(shares[best], 3), "swizzle": best.swizzle}
+            print(f"{family}: {best}: {row['share']:.1%} of the peak")
     path.write_text(written(table), encoding="utf-8")
 
 

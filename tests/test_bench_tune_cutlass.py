@@ -23,7 +23,10 @@ H100 = launch.Device(90, 132)
 
 
 class Clock:
-    """Every batch takes as long, so that a tile's share is that of its product's size."""
+    """Every batch takes as long, so that a tile's share is that of its product's size.
+
+    Swizzles of 4 take half of it.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
@@ -33,8 +36,9 @@ class Clock:
 
     def batch(self, call: Any, count: int) -> float:
         call(0)
+        order = self.calls // tune_cutlass.ROUNDS % len(tune_cutlass.SWIZZLES)
         self.calls += 1
-        return 1e-5
+        return 1e-5 if tune_cutlass.SWIZZLES[order] == 4 else 2e-5
 
 
 class NumPy:
@@ -61,11 +65,14 @@ def test_every_tile_is_timed(family: str, tmp_path: Path, monkeypatch: pytest.Mo
     found, before = (json.loads(p.read_text()) for p in (path, tiles.PATH))
     listed = tiles.listed(family)
     assert len({source for source, *_ in machine.launched}) == len(listed)
-    assert clock.calls == tune_cutlass.ROUNDS * len(listed)
+    orders = {(source, argument[-200:]) for source, _, argument in machine.launched}
+    assert len(orders) == len(tune_cutlass.SWIZZLES) * len(listed)
+    assert clock.calls == tune_cutlass.ROUNDS * len(tune_cutlass.SWIZZLES) * len(listed)
     peak = tune_cutlass.WAYS[family].faster * costs.rates(90).dense
     for row, tile in zip(found[family], listed, strict=True):
         m, n = tune_cutlass.shape(tile, H100)
         assert row.pop("share") == round(2 * m * n * 128 / 1e-5 / peak, 3)
+        assert row.pop("swizzle") == 4
     for row in before[family]:
         row.pop("share")
     assert found == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import host
 import numpy as np
 import pytest
-from calls import PROCESSORS, built, calls, matrices, same, theirs
+from calls import PROCESSORS, built, calls, matrices, same, swizzled, theirs
 from computed import interleaved
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +47,7 @@ def scaled(draw: st.DrawFn, spec: Spec) -> Call:
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(PROCESSORS))
 def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     call = data.draw(scaled(spec))
     codes = 8 // KINDS[spec.x].bits  # in a byte
 

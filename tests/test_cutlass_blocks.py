@@ -8,7 +8,7 @@ from typing import Any
 import host
 import numpy as np
 import pytest
-from calls import PROCESSORS, built, calls, matrices, same, theirs
+from calls import PROCESSORS, built, calls, matrices, same, swizzled, theirs
 from computed import DTYPES, aligned, placed, quantized
 from host import Watching
 from hypothesis import given, settings
@@ -53,7 +53,7 @@ def scaled(draw: st.DrawFn, spec: Spec) -> Call:
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(PROCESSORS))
 def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     call = data.draw(scaled(spec))
 
     def scales(of_x: bool) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import host
 import numpy as np
 import pytest
-from calls import PROCESSORS, built, calls, matrices, same, theirs
+from calls import PROCESSORS, built, calls, matrices, same, swizzled, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +38,7 @@ SPECS = {
     "shared": spec(
         BFLOAT, UINT4, (128, 16, 64), "Cooperative", scale="float", zero=True, shared=True
     ),
+    "scaled": spec(FLOAT8, INT4, (64, 64, 128), "Pingpong", scale=BFLOAT),
     "table": spec(FLOAT8, INT4, (128, 128, 128), "Cooperative", scale=mixed.TABLE),
 }
 
@@ -64,7 +65,7 @@ def grouped(draw: st.DrawFn, spec: Spec) -> Call:
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(PROCESSORS))
 def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     call = data.draw(grouped(spec))
     if spec.shared:
         asked = dense.tiling(spec, call), dense.steps(spec, call), processors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import host
 import pytest
-from calls import PROCESSORS, calls, same, theirs
+from calls import PROCESSORS, calls, same, swizzled, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +31,7 @@ SPECS = {
 @settings(deadline=None)
 @given(st.data(), st.sampled_from(PROCESSORS))
 def test_arguments(name: str, data: st.DataObject, processors: int) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     call = data.draw(calls(dense, spec))
     wanted, blocks = theirs(dense, spec, call, processors)
     same(dense.layout(spec), dense.arguments(spec, call, processors, host.recorded), wanted)

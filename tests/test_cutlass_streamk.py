@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import host
 import pytest
-from calls import PROCESSORS, built, calls, same, theirs
+from calls import PROCESSORS, built, calls, same, swizzled, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +58,7 @@ def drawn(draw: st.DrawFn, spec: Spec, *, few: bool = False) -> Drawn:
 @settings(deadline=None, max_examples=400)
 @given(st.data())
 def test_arguments(name: str, data: st.DataObject) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     compared(spec, data.draw(drawn(spec)))
 
 
@@ -112,7 +112,7 @@ def works(spec: Spec, call: Call, processors: int) -> list[list[Any]]:
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_every_step_of_every_tile_is_computed_once(name: str, data: st.DataObject) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     call, processors, *_ = data.draw(drawn(spec, few=True))
     tiling, steps = dense.tiling(spec, call), dense.steps(spec, call)
     assert call.sharing is not None
@@ -168,14 +168,14 @@ def _finishes(blocks: list[list[Any]]) -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_workspace_is_no_larger_than_cutlass_wants(name: str, data: st.DataObject) -> None:
-    spec = SPECS[name]
+    spec = data.draw(swizzled(SPECS[name]))
     call, processors, mode, splits = data.draw(drawn(spec))
     assert call.sharing is not None
     tiles = call.sharing.partial(dense.tiling(spec, call))
     m, n, _ = spec.tile
     first, second = (call.n, call.m) if spec.turned else (call.m, call.n)
     numbers = (ctypes.c_uint64 * 4)(MODES.index(mode), splits, 0, 0)
-    handed = (ctypes.c_int * 32)(first, second, call.k, call.batches, processors, call.swizzle)
+    handed = (ctypes.c_int * 32)(first, second, call.k, call.batches, processors, spec.swizzle)
     ctypes.c_uint64.from_buffer(handed, 32).value = ctypes.addressof(numbers)
     space = built(dense, spec, "streamk.hpp").space
     space.restype = ctypes.c_long

@@ -303,7 +303,7 @@ def values(spec: Spec, call: Call, processors: int) -> dict[str, Value]:
         "scheduler.tiles_m": m // a, "scheduler.tiles_n": n // b,
         "scheduler.tiles_l": call.batches,
         **_divisor("scheduler.cluster_m", a), **_divisor("scheduler.cluster_n", b),
-        **_divisor("scheduler.swizzle", call.swizzle if call.swizzle > 1 else 0),
+        **_divisor("scheduler.swizzle", spec.swizzle if spec.swizzle > 1 else 0),
         "scheduler.raster": int(_along_n(spec, call)),
     }  # fmt: skip
     for name, _, rows, _, _, _ in _sides(spec, call) if spec.group else ():

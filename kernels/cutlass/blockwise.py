@@ -59,7 +59,8 @@ def spec_with(p: Problem, tile: Tile) -> Spec:
     rows = min(_W[0], tile.shape[0 if tile.turned else 1])
     return Spec(
         x, w, p.out, tile.shape, tile.cluster, tile.schedule, tile.turned,
-        activation=p.activation, residual=p.residual, shared=tile.shared, w_rows=rows,
+        activation=p.activation, residual=p.residual, shared=tile.shared, swizzle=tile.swizzle,
+        w_rows=rows,
     )  # fmt: skip
 
 

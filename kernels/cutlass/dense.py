@@ -49,6 +49,8 @@ class Spec:
 
     shared: bool = False
     """Blocks share the columns of tiles."""
+    swizzle: int = 1
+    """Most tiles side by side that blocks take before they go on; no part of the text."""
     grouped: ClassVar[bool] = False
     """Groups of rows each have a matrix w; see grouped.py."""
 
@@ -231,7 +233,6 @@ class Call:
     """Operands of the epilogue by name."""
     residual: Matrices | None = None
     batches: int = 1
-    swizzle: int = 1
     sharing: Sharing | None = None
     """How blocks share the columns of tiles, where they do; see streamk.parameters."""
     partial: int = 0
@@ -264,13 +265,13 @@ def _operand(name: str, given: Vectors, default: Value) -> tuple[tuple[str, Valu
 
 def tiling(spec: Spec, call: Call) -> Tiling:
     """Tiles of the result."""
-    return _tiling(spec, call.m, call.n, call.batches, call.swizzle)
+    return _tiling(spec, call.m, call.n, call.batches)
 
 
-def _tiling(spec: Spec, m: int, n: int, batches: int = 1, swizzle: int = 1) -> Tiling:
+def _tiling(spec: Spec, m: int, n: int, batches: int = 1) -> Tiling:
     first, second = (n, m) if spec.turned else (m, n)
     rows, columns, _ = spec.tile
-    return Tiling(-(-first // rows), -(-second // columns), batches, spec.cluster, swizzle)
+    return Tiling(-(-first // rows), -(-second // columns), batches, spec.cluster, spec.swizzle)
 
 
 def sharing(spec: Spec, m: int, n: int, k: int, processors: int) -> Sharing | None:

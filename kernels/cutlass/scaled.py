@@ -124,6 +124,7 @@ def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
     return Spec(
         _codes(family, p.x), _codes(family, p.w), p.out, (rows * tile.cluster[0], columns, depth),
         tile.cluster, tile.schedule, tile.turned, activation=p.activation, residual=p.residual,
+        swizzle=tile.swizzle,
     )  # fmt: skip
 
 

@@ -36,12 +36,14 @@ class Tile:
     share: float
     shared: bool = False
     """Blocks share the columns of tiles, where that fills the GPU better."""
+    swizzle: int = 1
+    """Most tiles side by side that blocks take before they go on: what they read stays near."""
 
     def tiling(self, p: Problem) -> Tiling:
         """Tiles of a product."""
         first, second = (p.n, p.m) if self.turned else (p.m, p.n)
         m, n, _ = self.shape
-        return Tiling(-(-first // m), -(-second // n), p.batches, self.cluster)
+        return Tiling(-(-first // m), -(-second // n), p.batches, self.cluster, self.swizzle)
 
     def sharing(self, p: Problem) -> Sharing:
         """How blocks share the columns."""
@@ -67,6 +69,7 @@ class Tile:
     def __str__(self) -> str:
         shape, cluster = ("x".join(map(str, each)) for each in (self.shape, self.cluster))
         notes = (", w first" if self.turned else "") + (", shared" if self.shared else "")
+        notes += f", swizzle {self.swizzle}" if self.swizzle > 1 else ""
         return f"tile {shape}, cluster {cluster}, {self.schedule.lower()}{notes}"
 
 

@@ -100,7 +100,7 @@ def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
     assert w is not None
     return Spec(
         x, w, p.out, tile.shape, tile.cluster, tile.schedule, turned=True, activation=p.activation,
-        residual=p.residual, shared=tile.shared, scale=scale, zero=zero,
+        residual=p.residual, shared=tile.shared, swizzle=tile.swizzle, scale=scale, zero=zero,
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def spec_with(p: Problem, tile: Tile, *, fast: bool = False) -> Spec:
     zero = None if p.x.zero is None else reference.zero_dtype(p.x).name
     return Spec(
         x, w, p.out, tile.shape, tile.cluster, tile.schedule, tile.turned, fast, p.activation,
-        p.residual, zero, tile.shared,
+        p.residual, zero, tile.shared, tile.swizzle,
     )  # fmt: skip
 
 

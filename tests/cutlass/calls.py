@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -38,14 +39,19 @@ def calls(draw: st.DrawFn, family: ModuleType, spec: dense.Spec) -> Call:
     """Products of a kernel; `family` is the module that it is of."""
     m, batches = draw(st.integers(1, 5000)), draw(st.integers(1, 3))
     n, k = draw(aligned(1, 20000, 16)), draw(aligned(1, 9000, 16))
-    swizzle = draw(st.sampled_from([1, 2, 4, 8]))
     out, added = (dense.BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
     named = {name: draw(operand(name)) for name in family.finish(spec).operands}
     residual = None if spec.residual is None else draw(matrices(m, n * added, batches))
     return Call(
         m, n, k, draw(matrices(m, k, batches)), draw(matrices(n, k, batches)),
-        draw(matrices(m, n * out, batches)), tuple(named.items()), residual, batches, swizzle,
+        draw(matrices(m, n * out, batches)), tuple(named.items()), residual, batches,
     )  # fmt: skip
+
+
+@st.composite
+def swizzled(draw: st.DrawFn, spec: Any) -> Any:
+    """The kernel, its tiles in some order."""
+    return replace(spec, swizzle=draw(st.sampled_from([1, 2, 4, 8])))
 
 
 def operand(name: str) -> st.SearchStrategy[float | int]:
@@ -89,7 +95,7 @@ def theirs(
     out, added = call.out, call.residual or Matrices(0, 0)
     size, wide = (dense.BITS[d] // 8 for d in (spec.out, spec.residual or spec.out))
     handed = struct.pack(
-        "<6i2Q4Q8q", rows, columns, call.k, call.batches, processors, call.swizzle,
+        "<6i2Q4Q8q", rows, columns, call.k, call.batches, processors, spec.swizzle,
         ctypes.addressof(finish), ctypes.addressof(beside),
         first.address, second.address, out.address, added.address,
         first.pitch, second.pitch, out.pitch // size, added.pitch // wide,
