@@ -91,7 +91,12 @@ def test_texts_are_the_same_in_every_process() -> None:
 def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None, family: str) -> None:
     if compile.missing() is not None:
         pytest.skip(str(compile.missing()))
-    (arch, key), (source, shipped) = next(iter(FAMILIES[family].items()))
+    # The smallest takes the least time.
+    size = {
+        each: (archive.FOLDER / f"{archive.file_of(*each)}.xz").stat().st_size for each in ALONE
+    }
+    arch, key = min(FAMILIES[family], key=lambda each: size[each])
+    source, shipped = FAMILIES[family][arch, key]
     compiled, said = compile.nvrtc_said(source, arch)
     assert "wgmma" not in said  # which the compiler makes wait for each other
     made = archive.load(arch, key)
