@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,10 @@ from harness import gpu_device
 from harness.gpu_clock import Clock
 
 import lowbit as lb
-from lowbit.kernels import Bind, Epilogue, Problem
+from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import costs, launch
 from lowbit.kernels.cutlass import blockwise, tiles, upcast, w8a8
+from lowbit.kernels.cutlass.families import Family
 from lowbit.kernels.cutlass.tiles import Tile
 
 
@@ -36,37 +36,24 @@ class Way(NamedTuple):
     x: str
     """Format or dtype."""
     w: str
-    faster: float
-    """Than tensor cores on 16-bit numbers."""
-    bind: Callable[[Problem, Tile], Bind]
+    family: Family[Tile, Any]
 
 
-def _w8a8(fast: bool = False) -> Callable[[Problem, Tile], Bind]:
-    return lambda p, tile: w8a8.bind(p, w8a8.spec_with(p, tile, fast=fast))
-
-
-def _upcast(family: upcast.Family) -> Callable[[Problem, Tile], Bind]:
-    return lambda p, tile: upcast.bind(p, upcast.spec_with(family, p, tile))
-
-
+OPERANDS = {
+    "int8": ("int8_row", "int8_row"),
+    "float8": ("fp8_row", "fp8_row"),
+    "float8_fast": ("fp8_row", "fp8_row"),
+    "float8_blocks": ("fp8_g128", "fp8_128x128"),
+    "upcast16": ("bfloat16", "int4_g128"),
+    "upcast_int8": ("int8_row", "int4_row"),
+    "upcast_float8": ("fp8_row", "int4_g128_e4m3"),
+    "upcast_float8_scaled": ("fp8_row", "int4_g128_e4m3"),
+}
 WAYS = {
-    "int8": Way("int8_row", "int8_row", w8a8.FASTER, _w8a8()),
-    "float8": Way("fp8_row", "fp8_row", w8a8.FASTER, _w8a8()),
-    "float8_fast": Way("fp8_row", "fp8_row", w8a8.FASTER, _w8a8(fast=True)),
-    "float8_blocks": Way(
-        "fp8_g128", "fp8_128x128", blockwise.FASTER,
-        lambda p, tile: blockwise.bind(p, blockwise.spec_with(p, tile)),
-    ),
-    **{
-        f.name: Way(x, w, f.faster, _upcast(f))
-        for f, x, w in zip(
-            upcast.FAMILIES,
-            ("bfloat16", "int8_row", "fp8_row", "fp8_row"),
-            ("int4_g128", "int4_row", "int4_g128_e4m3", "int4_g128_e4m3"),
-            strict=True,
-        )
-    },
-}  # fmt: skip
+    name: Way(*OPERANDS[name], family)
+    for module in (w8a8, blockwise, upcast)
+    for name, family in module.FAMILIES.items()
+}
 DTYPES = ("bfloat16", "float16")
 WAVES, COLUMNS, CALLS, ROUNDS = 4, 8192, 20, 5
 SWIZZLES = (1, 2, 4, 8)
@@ -111,11 +98,11 @@ def share(cupy: Any, clock: Any, family: str, tile: Tile, device: launch.Device)
         x = lb.quantize(x, way.x)._parts
     w = lb.quantize(cupy.ones((n, COLUMNS), "float16"), way.w)._parts
     out = cupy.empty((m, n), "bfloat16")
-    run = way.bind(p, tile)(w)
+    run = way.family.bind(p, way.family.spec(p, tile))(w)
     run(x, Epilogue(), out)
     clock.synchronize()
     best = min(clock.batch(lambda i: run(x, Epilogue(), out), CALLS) for _ in range(ROUNDS))
-    peak = costs.rates(device.capability).dense * way.faster
+    peak = costs.rates(device.capability).dense * way.family.faster
     return float(p.operations / best / peak)
 
 

@@ -68,7 +68,7 @@ def test_every_tile_is_timed(family: str, tmp_path: Path, monkeypatch: pytest.Mo
     orders = {(source, argument[-200:]) for source, _, argument in machine.launched}
     assert len(orders) == len(tune_cutlass.SWIZZLES) * len(listed)
     assert clock.calls == tune_cutlass.ROUNDS * len(tune_cutlass.SWIZZLES) * len(listed)
-    peak = tune_cutlass.WAYS[family].faster * costs.rates(90).dense
+    peak = tune_cutlass.WAYS[family].family.faster * costs.rates(90).dense
     for row, tile in zip(found[family], listed, strict=True):
         m, n = tune_cutlass.shape(tile, H100)
         assert row.pop("share") == round(2 * m * n * 128 / 1e-5 / peak, 3)

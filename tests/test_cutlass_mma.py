@@ -21,7 +21,6 @@ from lowbit.kernels.cutlass import mma, package
 
 Array = Any
 AMPERE, ADA = "cuda:80:108", "cuda:89:128"
-FAMILIES = {family.name: family for family in (mma._INT8, mma._INT4, mma._EXACT, mma._FAST)}
 FORMATS = {"mma_int8": ("int8", "int8"), "mma_int4": ("int8", "int4"), "mma_float8": ("fp8", "fp8")}
 
 
@@ -51,7 +50,7 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
         run = kernel.build(p)(w)
         run(x, Epilogue(alpha, bias, activation, residual), out)
     ((source, grid, argument),) = machine.launched
-    spec = mma.spec_of(FAMILIES[name], p)
+    spec = mma.FAMILIES[name].spec_of(p)
     assert source == mma.source(spec)
     assert np.prod(grid) >= -(-m // spec.tile[0]) * -(-n // spec.tile[1])
     OfAmpere(spec, argument).compute(kinds[0], kinds[1])
@@ -144,7 +143,7 @@ def test_memory_that_is_not_read_in_pieces_goes_to_another_kernel(odd: str) -> N
 
 
 def test_few_rows_take_small_tiles() -> None:
-    found = [mma.spec_of(mma._INT8, problem(m=m, n=8192)).tile[0] for m in (1, 40, 16384)]
+    found = [mma.FAMILIES["mma_int8"].spec_of(problem(m=m, n=8192)).tile[0] for m in (1, 40, 16384)]
     assert found[0] == 16
     assert found == sorted(found)
     kernel = mma.KERNELS[0]
@@ -154,7 +153,7 @@ def test_few_rows_take_small_tiles() -> None:
 
 def test_batch_invariance_keeps_the_tile() -> None:
     found = {
-        mma.spec_of(mma._EXACT, problem("mma_float8", m=m, batch_invariant=True))
+        mma.FAMILIES["mma_float8"].spec_of(problem("mma_float8", m=m, batch_invariant=True))
         for m in (1, 64, 8192)
     }
     assert len(found) == 1

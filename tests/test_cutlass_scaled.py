@@ -26,7 +26,7 @@ from lowbit.kernels.cutlass.blackwell import KINDS, Spec
 
 Array = Any
 DEVICES = {"cuda:100:148": "Sm100", "cuda:120:170": "Sm120"}
-FAMILIES = {family.name: family for family in scaled._FAMILIES}
+GROUPED = {kind.name for kind in scaled._KINDS if kind.group}
 FORMATS = {
     "nvfp4": ("nvfp4",), "mxfp4": ("mxfp4",), "mxfp8": ("mxfp8", "mxfp8_e5m2"),
     "float8_rows": ("fp8_row", "fp8_tensor"),
@@ -114,10 +114,10 @@ class Launched:
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     name, device = (
-        data.draw(st.sampled_from(sorted(FAMILIES))),
+        data.draw(st.sampled_from(sorted(scaled.FAMILIES))),
         data.draw(st.sampled_from([*DEVICES])),
     )
-    device = device if "120" not in device or FAMILIES[name].group else "cuda:100:148"
+    device = device if "120" not in device or name in GROUPED else "cuda:100:148"
     formats = [lb.format(data.draw(st.sampled_from(FORMATS[name]))) for _ in range(2)]
     m, n = data.draw(st.integers(1, 300)), 8 * data.draw(st.integers(1, 40))
     k = 32 * data.draw(st.integers(1, 20))
@@ -144,7 +144,7 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
         assert scales.shape == (rows, columns)
         words = interleave.words(rows, columns)
         found[:words].view(np.uint8)[...] = interleaved(scales)
-    spec = scaled.spec_of(FAMILIES[name], p)
+    spec = scaled.FAMILIES[name].spec_of(p)
     assert spec.schedule == DEVICES[device]
     assert source == scaled.source(spec)
     assert len(others) == (2 if spec.group else 0)
@@ -187,18 +187,18 @@ def test_what_is_refused_is_said_why(words: str) -> None:
 
 
 def test_chosen_by_name_only() -> None:
-    for name in FAMILIES:
+    for name in scaled.FAMILIES:
         assert "cutlass" not in kernels.choose(problem(name)).kernel.name
 
 
 def test_few_rows_take_small_tiles() -> None:
-    found = [scaled.spec_of(FAMILIES["mxfp4"], problem("mxfp4", m=m, n=8192)) for m in (1, 8192)]
+    found = [scaled.FAMILIES["mxfp4"].spec_of(problem("mxfp4", m=m, n=8192)) for m in (1, 8192)]
     assert [spec.turned for spec in found] == [True, False]
     assert found[1].tile == (256, 192, 256)
 
 
 def test_libraries_use_all_of_a_gpu() -> None:
-    spec = scaled.spec_of(FAMILIES["nvfp4"], problem(device="cuda:120:170"))
+    spec = scaled.FAMILIES["nvfp4"].spec_of(problem(device="cuda:120:170"))
     assert compile.architecture_of(scaled.source(spec), 120) == "sm_120a"
     assert compile.architecture_of(replace(scaled.source(spec), headers=None), 120) == "sm_120"
 

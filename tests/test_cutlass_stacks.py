@@ -26,8 +26,14 @@ from lowbit.kernels.cutlass import blockwise, mma, package, upcast, w8a8
 
 Array = Any
 HOPPER, ADA = "cuda:90:132", "cuda:89:128"
-UPCAST = {f"matmul.cutlass.{f.name}": f for f in upcast.FAMILIES}
-MMA = {f"matmul.cutlass.{f.name}": f for f in (mma._INT8, mma._INT4, mma._EXACT)}
+READINGS: dict[Any, type[Launched]] = {
+    w8a8: OfDense, upcast: OfMixed, blockwise: OfBlocks, mma: OfAmpere
+}  # fmt: skip
+FAMILIES = {
+    name: (family, READINGS[module])
+    for module in READINGS
+    for name, family in module.FAMILIES.items()
+}
 CASES = [
     ("int8", "int8_row", "int8_row"),
     ("int8", "int8_tensor", "int8_tensor"),
@@ -78,17 +84,9 @@ def binding(
     p: Problem, name: str
 ) -> tuple[Callable[[Problem], Any], Callable[[bytes, int], Launched]]:
     """How to bind by the kernel of a stack, and how to read its arguments."""
-    if name in UPCAST:
-        mixed = upcast.spec_of(UPCAST[name], p)
-        return lambda q: upcast.bind(q, mixed), lambda given, i: OfMixed(mixed, given, i)
-    if name in MMA:
-        warps = mma.spec_of(MMA[name], p)
-        return lambda q: mma.bind(q, warps), lambda given, i: OfAmpere(warps, given, i)
-    if name == "matmul.cutlass.float8_blocks":
-        blocks = blockwise.spec_of(p)
-        return lambda q: blockwise.bind(q, blocks), lambda given, i: OfBlocks(blocks, given, i)
-    spec = w8a8.spec_of(p, fast=name.endswith("fast"))
-    return lambda q: w8a8.bind(q, spec), lambda given, i: OfDense(spec, given, i)
+    family, reading = FAMILIES[name]
+    spec = family.spec_of(p)
+    return lambda q: family.bind(q, spec), lambda given, i: reading(spec, given, i)
 
 
 def launched(bind: Any, machine: Keeping, x: Any, w: Any, after: Epilogue, out: Array) -> bytes:
@@ -135,11 +133,11 @@ def test_every_matrix_is_what_a_launch_of_its_own_computes(
 ) -> None:
     p, x, w = operands(family, x_fmt, w_fmt)
     p = replace(p, bias=True, residual="bfloat16")
-    name, rng = f"matmul.cutlass.{family}", np.random.default_rng(3)
-    assert kernels.choose(p, name).refusal is None
+    rng = np.random.default_rng(3)
+    assert kernels.choose(p, f"matmul.cutlass.{family}").refusal is None
     bias = placed(rng.standard_normal(N, np.float32))
     residual = placed(rng.standard_normal((B, M, N)).astype(DTYPES["bfloat16"]))
-    bind, reading = binding(p, name)
+    bind, reading = binding(p, family)
     machine, runs = Keeping(launch.parse(p.device)), []
 
     def keeping(q: Problem) -> Any:
@@ -169,7 +167,7 @@ def test_what_is_made_of_a_weight_stays(family: str, x_fmt: str, w_fmt: str) -> 
     p, x, w = operands(family, x_fmt, w_fmt)
     machine, out = Keeping(launch.parse(p.device)), aligned((B, M, N), DTYPES["bfloat16"])
     with launch.pretending(machine):
-        run = binding(p, f"matmul.cutlass.{family}")[0](p)(w)
+        run = binding(p, family)[0](p)(w)
         made = list(machine.given)
         run(x, Epilogue(), out)
     machine.launched.clear()
@@ -211,8 +209,9 @@ def test_memory_that_is_not_aligned_is_computed_matrix_by_matrix(odd: str) -> No
 def test_stacks_have_enough_tiles_not_to_share_them() -> None:
     row = lb.format("int8_row")
     p = Problem(16, 256, 16384, row, row, "bfloat16", device=HOPPER)
-    assert w8a8.spec_of(p).shared
-    assert not w8a8.spec_of(replace(p, batches=8)).shared
+    spec_of = w8a8.FAMILIES["int8"].spec_of
+    assert spec_of(p).shared
+    assert not spec_of(replace(p, batches=8)).shared
 
 
 def test_one_launch_is_cheaper_than_many() -> None:
@@ -236,7 +235,7 @@ def test_bits_that_do_not_depend_on_rows_do_not_depend_on_matrices() -> None:
     p = Problem(16, 256, 4096, fmt, fmt, "bfloat16", device=HOPPER, batch_invariant=True)
     some = [replace(p, m=m, batches=b) for m, b in ((1, 1), (16, 64), (4096, 3))]
     assert len({kernels.choose(each).kernel.name for each in some}) == 1
-    assert len({w8a8.spec_of(each) for each in some}) == 1
+    assert len({w8a8.FAMILIES["float8"].spec_of(each) for each in some}) == 1
 
 
 def test_a_grid_has_room_for_so_many_matrices() -> None:
@@ -288,7 +287,7 @@ def test_matmul_of_stacks_takes_one_launch(cupy: Any) -> None:
     p = Problem(
         24, 48, 64, row, row, "float32", bias=True, residual="float32", device=HOPPER, batches=6
     )
-    cupy.computing.spec = w8a8.spec_of(p)
+    cupy.computing.spec = w8a8.FAMILIES["int8"].spec_of(p)
     left, right = x.to_device("cuda"), w.to_device("cuda")
     options = {"bias": cupy.asarray(bias), "residual": cupy.asarray(rest)}
     with fake_cupy.uncopied():
@@ -312,7 +311,7 @@ def test_other_stacks_go_matrix_by_matrix(cupy: Any, which: str) -> None:
         x, w = x.transpose(1, 0, 2, 3), w.transpose(1, 0, 2, 3)
     wanted = lb.matmul(x, w.mT)
     p = Problem(24, 48, 64, x.format, w.format, "float32", device=HOPPER)
-    cupy.computing.spec = w8a8.spec_of(p)
+    cupy.computing.spec = w8a8.FAMILIES["int8"].spec_of(p)
     left, right = x.to_device("cuda"), w.to_device("cuda")
     if which != "x of one matrix":
         right = right.transpose(1, 0, 2, 3).copy().transpose(1, 0, 2, 3)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lowbit as lb
 from lowbit.kernels import Problem
-from lowbit.kernels.cutlass import dense, streamk, tiles
+from lowbit.kernels.cutlass import dense, streamk, w8a8
 from lowbit.kernels.cutlass.dense import Call, Matrices, Spec
 from lowbit.kernels.cutlass.schedulers import Tiling
 from lowbit.kernels.cutlass.streamk import Sharing
@@ -201,10 +201,24 @@ def test_few_tiles_fill_the_gpu(tiles: int, steps: int, wanted: Sharing) -> None
 def test_tiles_of_small_products_are_shared() -> None:
     int8 = lb.format("int8_row")
     p = Problem(16, 4096, 14336, int8, int8, "bfloat16", device="cuda:90:132")
-    tile = tiles.best(p, "int8", 2.0, lambda tile: True)
+    family = w8a8.FAMILIES["int8"]
+    tile = family.best(p)
     assert tile is not None
     assert tile.shared
     assert tile.waves(p) == 0.25
-    large = tiles.best(replace(p, m=8192), "int8", 2.0, lambda tile: True)
-    assert large is not None
-    assert not large.shared
+    for other in (replace(p, m=8192), replace(p, batches=8)):
+        found = family.best(other)
+        assert found is not None
+        assert not found.shared
+
+
+def test_sums_that_are_exact_are_shared_whatever_the_rows() -> None:
+    int8, float8 = lb.format("int8_row"), lb.format("fp8_row")
+    for name, fmt in (("int8", int8), ("float8", float8)):
+        p = Problem(64, 1024, 14336, fmt, fmt, "bfloat16", device="cuda:90:132")
+        found = [
+            w8a8.FAMILIES[name].best(replace(p, m=m, batch_invariant=True)) for m in (1, 64, 4096)
+        ]
+        assert found[0] is not None
+        assert found.count(found[0]) == 3
+        assert found[0].shared is (name == "int8")

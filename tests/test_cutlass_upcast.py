@@ -118,7 +118,7 @@ def test_what_is_launched_computes_the_product(family: str, fmt: str, data: st.D
     ((source, grid, argument),) = machine.launched
     assert source.headers == "cutlass"
     assert np.prod(grid) <= 132
-    spec = upcast.spec_of({f.name: f for f in upcast.FAMILIES}[family], p)
+    spec = upcast.FAMILIES[family].spec_of(p)
     assert source == upcast.source(spec)
     launched = OfMixed(spec, argument)
     launched.compute()
@@ -290,6 +290,6 @@ def test_memory_that_tma_does_not_read_goes_to_another_kernel() -> None:
 
 def test_tiles_hold_whole_rows_of_memory() -> None:
     for family in upcast.FAMILIES:
-        for tile in tiles.listed(family.name):
+        for tile in tiles.listed(family):
             assert tile.turned
-            assert tile.shape[2] == (64 if family.name == "upcast16" else 128)
+            assert tile.shape[2] == (64 if family == "upcast16" else 128)

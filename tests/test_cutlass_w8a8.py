@@ -59,7 +59,7 @@ def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
     for _, _, (codes, _, _, _, held) in others:
         held[...] = codes.sum(1)
     assert len(others) == (x.zeros is not None)
-    spec = w8a8.spec_of(p)
+    spec = w8a8.FAMILIES[name.rpartition(".")[2]].spec_of(p)
     assert source == w8a8.source(spec)
     assert np.prod(grid) <= 132
     assert grid[0] % spec.cluster[0] == grid[1] % spec.cluster[1] == 0
@@ -169,7 +169,8 @@ def test_explain_shows_tile_and_waves() -> None:
 
 def test_batch_invariance_keeps_the_tile() -> None:
     fmt = lb.format("fp8_row")
-    found = {w8a8.spec_of(problem(m=m, x=fmt, w=fmt, batch_invariant=True)) for m in (1, 64, 8192)}
+    spec_of = w8a8.FAMILIES["float8"].spec_of
+    found = {spec_of(problem(m=m, x=fmt, w=fmt, batch_invariant=True)) for m in (1, 64, 8192)}
     assert len(found) == 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, float8, gemm, launch
+from lowbit.kernels.cuda import float8, gemm, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import blocks, dense, elements, families, launcher, tiles
 from lowbit.kernels.cutlass.blocks import Call, Spec
@@ -22,9 +22,7 @@ from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import ACTIVATION_ERROR, Bind, Problem, Roundings, Run
 from lowbit.kernels.segments import FINAL_ROUNDINGS
 
-FAMILY = "float8_blocks"
-FASTER = 2.0
-"""Than tensor cores on 16-bit numbers."""
+_NAME = "float8_blocks"
 _X, _W = (1, blocks.DEPTH), (128, blocks.DEPTH)
 _CODES = ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
 _LOST = 57344.0**2 * 2.0**-149  # of a product, where that of both scales is subnormal
@@ -42,7 +40,7 @@ def shipped(arch: str) -> dict[Source, Shipped]:
         return {}
     found = {}
     p = Problem(1, 8, 16, get("fp8_g128"), get("fp8_128x128"), "bfloat16")
-    for tile in tiles.listed(FAMILY):
+    for tile in tiles.listed(_NAME):
         spec = spec_with(p, tile)
         label = f"float8 g128 x 128x128 -> bfloat16, {tile}"
         found[source(spec)] = Shipped(label, blocks.layout(spec).size, tile.cluster)
@@ -64,24 +62,7 @@ def spec_with(p: Problem, tile: Tile) -> Spec:
     )  # fmt: skip
 
 
-def _best(p: Problem) -> Tile | None:
-    capability = launch.parse(p.device).capability
-
-    def usable(tile: Tile) -> bool:
-        # More rows are more tiles: fewer blocks share each, and sums add up otherwise.
-        if tile.shared and p.batch_invariant:
-            return False
-        return compile.lacking(source(spec_with(p, tile)), capability) is None
-
-    return tiles.best(p, FAMILY, FASTER, usable)
-
-
-def spec_of(p: Problem) -> Spec:
-    """The kernel that an accepted product runs."""
-    return spec_with(p, families.found(_best(p)))
-
-
-def _accepts(p: Problem) -> str | None:
+def _refuse(p: Problem) -> str | None:
     refusal = families.refuse(p, (90,))
     if refusal is not None:
         return refusal
@@ -98,16 +79,7 @@ def _accepts(p: Problem) -> str | None:
             )
     if max(p.m, p.n) * -(-p.k // blocks.DEPTH) * p.batches >= 2**31:
         return "counts scales up to 2**31"
-    refusal = launcher.refuse_rows(p)
-    if refusal is None and _best(p) is None:
-        capability = launch.parse(p.device).capability
-        spec = spec_with(p, tiles.listed(FAMILY)[0])
-        return compile.lacking(source(spec), capability)
-    return refusal
-
-
-def _build(p: Problem) -> Bind:
-    return bind(p, spec_of(p))
+    return launcher.refuse_rows(p)
 
 
 def bind(p: Problem, spec: Spec) -> Bind:
@@ -144,9 +116,9 @@ def bind(p: Problem, spec: Spec) -> Bind:
     return to
 
 
-def _roundings(p: Problem) -> Roundings:
+def _roundings(p: Problem, tile: Tile) -> Roundings:
     columns = min(p.k, float8.LONGEST)
-    segments, most = -(-p.k // blocks.DEPTH), families.found(_best(p)).sharing(p).most
+    segments, most = -(-p.k // blocks.DEPTH), tile.sharing(p).most
     return Roundings(
         "float32",
         float8.cut(columns) + segments + most + FINAL_ROUNDINGS,
@@ -157,13 +129,15 @@ def _roundings(p: Problem) -> Roundings:
     )
 
 
-KERNELS = (
-    families.kernel(
-        FAMILY,
-        accepts=_accepts,
-        best=_best,
-        seconds=lambda p, tile: tiles.seconds(p, tile, FASTER),
-        build=_build,
-        roundings=_roundings,
-    ),
+_FAMILY = families.Family[Tile, Spec](
+    _NAME,
+    refuse=_refuse,
+    ways=lambda p: tiles.listed(_NAME),
+    faster=2,
+    spec=spec_with,
+    source=source,
+    bind=bind,
+    roundings=_roundings,
 )
+FAMILIES = {_NAME: _FAMILY}
+KERNELS = (_FAMILY.kernel,)

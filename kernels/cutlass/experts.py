@@ -78,7 +78,7 @@ def refuse(p: Problem, experts: int) -> str | None:
     p.m are the rows of all experts, p.w the format of the stack.
     """
     family = "int8" if emit.whole(p.w.element) else "float8"
-    refusal = next(k for k in w8a8.KERNELS if k.name.endswith(f".{family}")).accepts(p)
+    refusal = w8a8.FAMILIES[family].refuse(p)
     if refusal is not None:
         return refusal
     if p.residual is not None or getattr(p.x, "zero", None) is not None:

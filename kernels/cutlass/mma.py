@@ -14,9 +14,9 @@ import numpy as np
 
 from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, float8, gemm, integer, launch
+from lowbit.kernels.cuda import float8, gemm, integer, launch
 from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.cutlass import ampere, elements, families, launcher, tiles
+from lowbit.kernels.cutlass import ampere, elements, families, launcher
 from lowbit.kernels.cutlass.ampere import Spec
 from lowbit.kernels.cutlass.dense import Call
 from lowbit.kernels.cutlass.launcher import Grid, Places
@@ -32,7 +32,6 @@ from lowbit.kernels.declare import (
 )
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, segment_of
 
-FASTER = 2.0  # than tensor cores on 16-bit numbers
 _LONGEST = (2**31 - 1) // 2**14  # columns of int8 whose sums surely fit in int32
 _MOST = 65535  # blocks of a grid's third axis
 _FLOAT8 = ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t")
@@ -45,10 +44,6 @@ class Way:
     tile: Tile
     warp: tuple[int, int]
     """Rows of x and of w."""
-
-    def waves(self, p: Problem) -> float:
-        """Tiles that each block computes, one after the other."""
-        return self.tile.waves(p)
 
     def __str__(self) -> str:
         shape, warp = ("x".join(map(str, each)) for each in (self.tile.shape, self.warp))
@@ -69,7 +64,7 @@ _LARGE = (_way((128, 128, 64), (64, 64), 0.85), _way((256, 128, 64), (64, 64), 0
 
 
 @dataclass(frozen=True)
-class Family:
+class Kind:
     """What one kernel multiplies."""
 
     name: str
@@ -84,14 +79,14 @@ class Family:
 
 
 _INTEGERS = (80, 86, 87, 88, 89, 120, 121)
-_INT8 = Family(
+_INT8 = Kind(
     "mma_int8", ("int8_t",), ("int8_t",), "int8 on both sides", 16, _INTEGERS, _SMALL + _LARGE
 )
-_INT4 = Family(
+_INT4 = Kind(
     "mma_int4", ("int8_t",), ("cutlass::int4b_t",), "int8 for x and int4 for w", 32, _INTEGERS,
     _SMALL + _LARGE,
 )  # fmt: skip
-_EXACT = Family(
+_EXACT = Kind(
     "mma_float8", _FLOAT8, _FLOAT8, "float8_e4m3fn or float8_e5m2 on both sides", 16,
     # Sums of a tile beside all sums: twice the registers.
     (89, 120, 121), (*_SMALL, _way((128, 128, 64), (64, 32), 0.75)),
@@ -107,20 +102,20 @@ def source(spec: Spec) -> Source:
 
 def shipped(arch: str) -> dict[Source, Shipped]:
     """Kernels whose machine code comes with the package."""
-    families = {"sm_80": (_INT8, _INT4), "sm_89": (_INT8, _INT4, _EXACT)}
+    kinds = {"sm_80": (_INT8, _INT4), "sm_89": (_INT8, _INT4, _EXACT)}
     found = {}
-    for family in families.get(arch, ()):
-        x, w = {"int8_t": "int8_row"}.get(family.x[0], "fp8_row"), family.w[0]
+    for kind in kinds.get(arch, ()):
+        x, w = {"int8_t": "int8_row"}.get(kind.x[0], "fp8_row"), kind.w[0]
         w_format = get("int4_row" if w == "cutlass::int4b_t" else x)
         p = Problem(1, 8, 32, get(x), w_format, "bfloat16", device=f"cuda:{arch[3:]}:1")
-        for way in family.ways:
-            spec = spec_with(family, p, way)
-            label = f"{family.name} rows -> bfloat16, {way}"
+        for way in kind.ways:
+            spec = spec_with(kind, p, way)
+            label = f"{kind.name} rows -> bfloat16, {way}"
             found[source(spec)] = Shipped(label, ampere.layout(spec).size)
     return found
 
 
-def spec_with(family: Family, p: Problem, way: Way) -> Spec:
+def spec_with(kind: Kind, p: Problem, way: Way) -> Spec:
     """The kernel that computes a product by some tile."""
     assert isinstance(p.x, Format)
     x, w = (elements.name(fmt.element) for fmt in (p.x, p.w))
@@ -129,57 +124,31 @@ def spec_with(family: Family, p: Problem, way: Way) -> Spec:
     # Multiprocessors of 8.0 have room for four stages, the others for three.
     stages = 4 if launch.parse(p.device).capability == 80 else 3
     return Spec(
-        x, w, p.out, way.tile.shape, way.warp, stages, family is _FAST, p.activation, p.residual
+        x, w, p.out, way.tile.shape, way.warp, stages, kind is _FAST, p.activation, p.residual
     )
 
 
-def spec_of(family: Family, p: Problem) -> Spec:
-    """The kernel that an accepted product runs."""
-    return spec_with(family, p, families.found(_best(family, p)))
-
-
-def _best(family: Family, p: Problem) -> Way | None:
-    capability = launch.parse(p.device).capability
-    usable = (
-        way
-        for way in family.ways
-        if compile.lacking(source(spec_with(family, p, way)), capability) is None
-    )
-    asked = tiles.asked(p)
-    return min(usable, key=lambda way: tiles.seconds(asked, way.tile, FASTER), default=None)
-
-
-def _accepts(family: Family, p: Problem) -> str | None:
-    refusal = families.refuse(p, family.capabilities)
+def _refuse(kind: Kind, p: Problem) -> str | None:
+    refusal = families.refuse(p, kind.capabilities)
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
-        return f"wants {family.words}, x is {p.x}"
-    for side, wanted in ((p.x, family.x), (p.w, family.w)):
+        return f"wants {kind.words}, x is {p.x}"
+    for side, wanted in ((p.x, kind.x), (p.w, kind.w)):
         if elements.name(side.element) not in wanted or side.zero is not None or side.bias:
-            return f"wants {family.words}, without zero points, got {side.name}"
+            return f"wants {kind.words}, without zero points, got {side.name}"
         rows, _ = side.scale.block
         if rows not in (1, None) or side.tensor_scale or side.scale.element != "float32":
             return f"reads one float32 scale for a row or for all rows, {side.name} has others"
     if segment_of(p) < p.k:
         return f"scales must not change along the columns, they change every {segment_of(p)}"
-    if family.x == ("int8_t",) and p.k > _LONGEST:
+    if kind.x == ("int8_t",) and p.k > _LONGEST:
         return f"sums of {p.k} columns do not surely fit in int32"
-    if p.k % family.together:
-        return f"wants rows of a multiple of {family.together} columns, got {p.k}"
+    if p.k % kind.together:
+        return f"wants rows of a multiple of {kind.together} columns, got {p.k}"
     if p.batches > _MOST:
         return f"a launch has room for {_MOST} matrices, got {p.batches}"
-    refusal = launcher.refuse_result(p)
-    if refusal is not None:
-        return refusal
-    if _best(family, p) is None:
-        capability = launch.parse(p.device).capability
-        return compile.lacking(source(spec_with(family, p, family.ways[0])), capability)
-    return None
-
-
-def _build(family: Family, p: Problem) -> Bind:
-    return bind(p, spec_of(family, p))
+    return launcher.refuse_result(p)
 
 
 def bind(p: Problem, spec: Spec) -> Bind:
@@ -217,29 +186,33 @@ def _scales(machine: Machine, scales: Array, rows: int) -> Array:
     return found
 
 
-def _roundings(family: Family, p: Problem) -> Roundings:
-    if family in (_INT8, _INT4):
+def _roundings(kind: Kind, p: Problem, _: Way) -> Roundings:
+    if kind in (_INT8, _INT4):
         return integer_roundings(p, p.k)
-    depths = [p.k] if family is _FAST else [way.tile.shape[2] for way in family.ways]
+    depths = [p.k] if kind is _FAST else [way.tile.shape[2] for way in kind.ways]
     longest, segments = min(max(depths), p.k), -(-p.k // min(depths)) + 1
     return Roundings(
         "float32",
         float8.cut(longest) + segments + 2 + FINAL_ROUNDINGS,
         f"float8 tensor cores over {longest} columns"
-        + ("" if family is _FAST else ", those ascending in float32"),
+        + ("" if kind is _FAST else ", those ascending in float32"),
         ACTIVATION_ERROR[p.activation],
     )
 
 
-KERNELS = tuple(
-    families.kernel(
-        family.name,
-        accepts=partial(_accepts, family),
-        best=partial(_best, family),
-        seconds=lambda p, way: tiles.seconds(p, way.tile, FASTER),
-        build=partial(_build, family),
-        roundings=partial(_roundings, family),
-        by_name=family is _FAST,
+def _family(kind: Kind) -> families.Family[Way, Spec]:
+    return families.Family(
+        kind.name,
+        refuse=partial(_refuse, kind),
+        ways=lambda p: kind.ways,
+        faster=2,
+        spec=partial(spec_with, kind),
+        source=source,
+        bind=bind,
+        roundings=partial(_roundings, kind),
+        by_name=kind is _FAST,
     )
-    for family in (_INT8, _INT4, _EXACT, _FAST)
-)
+
+
+FAMILIES = {kind.name: _family(kind) for kind in (_INT8, _INT4, _EXACT, _FAST)}
+KERNELS = tuple(family.kernel for family in FAMILIES.values())

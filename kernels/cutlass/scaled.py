@@ -18,9 +18,9 @@ import numpy as np
 
 from lowbit.formats import Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, cublas, float8, interleave, launch
+from lowbit.kernels.cuda import cublas, float8, interleave, launch
 from lowbit.kernels.cuda.launch import Machine, Source
-from lowbit.kernels.cutlass import blackwell, dense, elements, families, launcher, tiles
+from lowbit.kernels.cutlass import blackwell, dense, elements, families, launcher
 from lowbit.kernels.cutlass.blackwell import Call, Spec
 from lowbit.kernels.cutlass.launcher import Places
 from lowbit.kernels.cutlass.package import Shipped
@@ -40,7 +40,7 @@ _E4M3, _E5M2 = "cutlass::float_e4m3_t", "cutlass::float_e5m2_t"
 
 
 @dataclass(frozen=True)
-class Family:
+class Kind:
     """What one kernel multiplies."""
 
     name: str
@@ -60,20 +60,20 @@ class Family:
     capabilities: tuple[int, ...] = (100, 120)
 
 
-_FAMILIES = (
-    Family(
+_KINDS = (
+    Kind(
         "nvfp4", "nvfp4", ("cutlass::float_e2m1_t",), 4.0, 192, 16, "float8_e4m3fn",
         "cutlass::nv_float4_t<{}>",
     ),
-    Family(
+    Kind(
         "mxfp4", "mxfp4", ("cutlass::float_e2m1_t",), 4.0, 192, 32, "float8_e8m0fnu",
         "cutlass::mx_float4_t<{}>",
     ),
-    Family(
+    Kind(
         "mxfp8", "mxfp8", (_E4M3, _E5M2), 2.0, 128, 32, "float8_e8m0fnu",
         "cutlass::mx_float8_t<{}>",
     ),
-    Family("float8_rows", "fp8_row", (_E4M3, _E5M2), 2.0, 256, capabilities=(100,)),
+    Kind("float8_rows", "fp8_row", (_E4M3, _E5M2), 2.0, 256, capabilities=(100,)),
 )  # fmt: skip
 
 
@@ -83,15 +83,15 @@ def source(spec: Spec) -> Source:
     return Source(blackwell.text(spec), "lowbit_gemm", spec.threads, spec.room, "cutlass")
 
 
-def ways(family: Family, capability: int) -> tuple[Tile, ...]:
+def ways(kind: Kind, capability: int) -> tuple[Tile, ...]:
     """Tiles of a block, small ones first."""
     if capability == 120:
         return (Tile((128, 128, 128), (1, 1), "Sm120", False, 0.7),)
-    depth = 256 if family.faster > 2 else 128
+    depth = 256 if kind.faster > 2 else 128
     return (
         Tile((128, 64, depth), (1, 1), "Sm100", True, 0.3),
         Tile((128, 128, depth), (1, 1), "Sm100", False, 0.5),
-        Tile((128, family.widest, depth), (2, 1), "Sm100", False, 0.7),
+        Tile((128, kind.widest, depth), (2, 1), "Sm100", False, 0.7),
     )
 
 
@@ -99,95 +99,64 @@ def shipped(arch: str) -> dict[Source, Shipped]:
     """Kernels whose machine code comes with the package."""
     capability = {"sm_100a": 100, "sm_120a": 120}.get(arch)
     found = {}
-    for family in _FAMILIES:
-        if capability in family.capabilities and family.name != "mxfp4":
-            fmt = get(family.usual)
+    for kind in _KINDS:
+        if capability in kind.capabilities and kind.name != "mxfp4":
+            fmt = get(kind.usual)
             p = Problem(1, 8, 32, fmt, fmt, "bfloat16", device=f"cuda:{capability}:1")
-            for tile in ways(family, capability):
-                spec = spec_with(family, p, tile)
-                label = f"{family.name} -> bfloat16, {tile}"
+            for tile in ways(kind, capability):
+                spec = spec_with(kind, p, tile)
+                label = f"{kind.name} -> bfloat16, {tile}"
                 size = blackwell.layout(spec).size
                 found[source(spec)] = Shipped(label, size, tile.cluster)
     return found
 
 
-def _codes(family: Family, fmt: Format) -> str:
+def _codes(kind: Kind, fmt: Format) -> str:
     name = elements.name(fmt.element)
     assert name is not None
-    return family.pair.format(name)
+    return kind.pair.format(name)
 
 
-def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
+def spec_with(kind: Kind, p: Problem, tile: Tile) -> Spec:
     """The kernel that computes a product by some tile."""
     assert isinstance(p.x, Format)
     rows, columns, depth = tile.shape
     return Spec(
-        _codes(family, p.x), _codes(family, p.w), p.out, (rows * tile.cluster[0], columns, depth),
+        _codes(kind, p.x), _codes(kind, p.w), p.out, (rows * tile.cluster[0], columns, depth),
         tile.cluster, tile.schedule, tile.turned, activation=p.activation, residual=p.residual,
         swizzle=tile.swizzle,
     )  # fmt: skip
 
 
-def spec_of(family: Family, p: Problem) -> Spec:
-    """The kernel that an accepted product runs."""
-    return spec_with(family, p, families.found(_best(family, p)))
-
-
-def _best(family: Family, p: Problem) -> Tile | None:
-    capability = launch.parse(p.device).capability
-    asked = tiles.asked(p)
-    usable = (
-        tile
-        for tile in ways(family, capability)
-        if compile.lacking(source(spec_with(family, p, tile)), capability) is None
-    )
-    return min(usable, key=lambda tile: _seconds(family, asked, tile), default=None)
-
-
-def _seconds(family: Family, p: Problem, tile: Tile) -> float:
-    return tiles.seconds(p, tile, family.faster)
-
-
-def _refuse_side(family: Family, fmt: Format) -> str | None:
-    if elements.name(fmt.element) not in family.elements:
-        return f"wants elements as {family.usual} has them, {fmt.name} has others"
+def _refuse_side(kind: Kind, fmt: Format) -> str | None:
+    if elements.name(fmt.element) not in kind.elements:
+        return f"wants elements as {kind.usual} has them, {fmt.name} has others"
     if fmt.zero is not None or fmt.bias:
         return f"wants no zero points, {fmt.name} has them"
     (rows, columns), scale = fmt.scale.block, fmt.scale.element
-    if family.group:
-        kind = scale if isinstance(scale, str) else scale.name
-        if (kind, rows, columns) != (family.scale, 1, family.group):
-            columns = family.group
-            return f"wants a scale of {family.scale} for {columns} columns, {fmt.name} has others"
+    if kind.group:
+        name = scale if isinstance(scale, str) else scale.name
+        if (name, rows, columns) != (kind.scale, 1, kind.group):
+            columns = kind.group
+            return f"wants a scale of {kind.scale} for {columns} columns, {fmt.name} has others"
     elif rows not in (1, None) or columns is not None or scale != "float32" or fmt.tensor_scale:
         return f"reads one float32 scale for a row or for all rows, {fmt.name} has others"
     return None
 
 
-def _accepts(family: Family, p: Problem) -> str | None:
-    refusal = families.refuse(p, family.capabilities)
+def _refuse(kind: Kind, p: Problem) -> str | None:
+    refusal = families.refuse(p, kind.capabilities)
     if refusal is not None:
         return refusal
     if isinstance(p.x, str):
-        return f"wants {family.usual} on both sides, x is {p.x}"
+        return f"wants {kind.usual} on both sides, x is {p.x}"
     for side in (p.x, p.w):
-        refusal = _refuse_side(family, side)
+        refusal = _refuse_side(kind, side)
         if refusal is not None:
             return refusal
     if p.batch_invariant:
         return "where memory is not aligned, the vendor's library computes"
-    refusal = launcher.refuse_rows(p)
-    if refusal is not None:
-        return refusal
-    if _best(family, p) is None:
-        capability = launch.parse(p.device).capability
-        tile = ways(family, capability)[0]
-        return compile.lacking(source(spec_with(family, p, tile)), capability)
-    return None
-
-
-def _build(family: Family, p: Problem) -> Bind:
-    return bind(p, spec_of(family, p))
+    return launcher.refuse_rows(p)
 
 
 def bind(p: Problem, spec: Spec) -> Bind:
@@ -235,7 +204,7 @@ def _interleaved(machine: Machine, scales: Array) -> Array:
     return found
 
 
-def _roundings(family: Family, p: Problem) -> Roundings:
+def _roundings(p: Problem, _: Tile) -> Roundings:
     return Roundings(
         "float32",
         float8.cut(p.k) + 4 + FINAL_ROUNDINGS,
@@ -244,16 +213,20 @@ def _roundings(family: Family, p: Problem) -> Roundings:
     )
 
 
-KERNELS = tuple(
-    families.kernel(
-        family.name,
-        accepts=partial(_accepts, family),
-        best=partial(_best, family),
-        seconds=partial(_seconds, family),
-        build=partial(_build, family),
-        roundings=partial(_roundings, family),
+def _family(kind: Kind) -> families.Family[Tile, Spec]:
+    return families.Family(
+        kind.name,
+        refuse=partial(_refuse, kind),
+        ways=lambda p: ways(kind, launch.parse(p.device).capability),
+        faster=kind.faster,
+        spec=partial(spec_with, kind),
+        source=source,
+        bind=bind,
+        roundings=_roundings,
         by_name=True,
         stacks=False,
     )
-    for family in _FAMILIES
-)
+
+
+FAMILIES = {kind.name: _family(kind) for kind in _KINDS}
+KERNELS = tuple(family.kernel for family in FAMILIES.values())

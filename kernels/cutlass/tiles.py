@@ -7,12 +7,11 @@ multiprocessor works on one; `bench/gpu.py --tune-cutlass` measures it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lowbit.kernels.cuda import costs, launch, product
+from lowbit.kernels.cuda import costs, launch
 from lowbit.kernels.cutlass import streamk
 from lowbit.kernels.cutlass.schedulers import Tiling, grid
 from lowbit.kernels.cutlass.streamk import Sharing
@@ -38,6 +37,11 @@ class Tile:
     """Blocks share the columns of tiles, where that fills the GPU better."""
     swizzle: int = 1
     """Most tiles side by side that blocks take before they go on: what they read stays near."""
+
+    @property
+    def tile(self) -> Tile:
+        """Itself, as `families.Way` has it."""
+        return self
 
     def tiling(self, p: Problem) -> Tiling:
         """Tiles of a product."""
@@ -94,17 +98,3 @@ def seconds(p: Problem, tile: Tile, faster: float) -> float:
     turns = sharing.most - 1
     added = turns * (_TURN + 8 * m * n * sharing.partial(tile.tiling(p)) / rates.bandwidth)
     return costs.LAUNCH + _FILL + max(moved, computed) + added
-
-
-def asked(p: Problem) -> Problem:
-    """What a tile is chosen for: where bits must not depend on the rows, neither may the tile."""
-    return replace(p, m=product.rows_of(p), batches=1) if p.batch_invariant else p
-
-
-def best(p: Problem, family: str, faster: float, usable: Callable[[Tile], bool]) -> Tile | None:
-    """The tile of the least estimate among the usable ones; None where there is none.
-
-    Matrices of a stack are many tiles already, whose columns blocks need not share.
-    """
-    fitting = [t for t in listed(family) if not (t.shared and p.batches > 1) and usable(t)]
-    return min(fitting, key=lambda tile: seconds(asked(p), tile, faster), default=None)

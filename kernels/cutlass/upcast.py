@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 
 from lowbit.formats import Element, Format, get
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, float8, gemm, integer, launch
+from lowbit.kernels.cuda import float8, gemm, integer, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cutlass import dense, elements, families, launcher, mixed, tiles, weights
 from lowbit.kernels.cutlass.dense import Matrices, Vectors
@@ -42,7 +42,7 @@ _FOURS = "cutlass::int4b_t", "cutlass::uint4b_t"
 
 
 @dataclass(frozen=True)
-class Family:
+class Kind:
     """What one kernel multiplies."""
 
     name: str
@@ -53,17 +53,16 @@ class Family:
     """Than tensor cores on 16-bit numbers."""
 
 
-_SIXTEEN = Family(
+_SIXTEEN = Kind(
     "upcast16",
     (*_FOURS, "int8_t", "cutlass::float_e4m3_t"),
     "int4, uint4, int8 or float8_e4m3fn",
     1,
 )
-_INT8 = Family("upcast_int8", _FOURS, "int4 or uint4", 2)
-_FLOAT8 = Family("upcast_float8", _FOURS, "int4 or uint4", 2)
-_SCALED = Family("upcast_float8_scaled", _FOURS[:1], "int4", 2)
+_INT8 = Kind("upcast_int8", _FOURS, "int4 or uint4", 2)
+_FLOAT8 = Kind("upcast_float8", _FOURS, "int4 or uint4", 2)
+_SCALED = Kind("upcast_float8_scaled", _FOURS[:1], "int4", 2)
 _FLOATS = _FLOAT8, _SCALED
-FAMILIES = _SIXTEEN, _INT8, _FLOAT8, _SCALED
 
 
 @lru_cache(maxsize=512)
@@ -77,25 +76,25 @@ def shipped(arch: str) -> dict[Source, Shipped]:
     if arch != "sm_90a":
         return {}
     found = {}
-    for family, x, w in (
+    for kind, x, w in (
         (_SIXTEEN, "bfloat16", get("int4_g128")),
         (_INT8, get("int8_row"), get("int4_row")),
     ):
         p = Problem(1, 8, 256, x, w, "bfloat16")
-        for tile in tiles.listed(family.name):
+        for tile in tiles.listed(kind.name):
             # Of 16-bit x, which kernels/cuda/hopper.py multiplies as soon: many rows, and few.
-            if family is _SIXTEEN and tile.shape[1] not in (16, 256):
+            if kind is _SIXTEEN and tile.shape[1] not in (16, 256):
                 continue
-            spec = spec_with(family, p, tile)
+            spec = spec_with(kind, p, tile)
             label = f"{_named(x)} by {w.name} -> bfloat16, {tile}"
             found[source(spec)] = Shipped(label, mixed.layout(spec).size, tile.cluster)
     return found
 
 
-def spec_with(family: Family, p: Problem, tile: Tile) -> Spec:
+def spec_with(kind: Kind, p: Problem, tile: Tile) -> Spec:
     """The kernel that computes a product by some tile."""
     x = _X[p.x] if isinstance(p.x, str) else elements.name(p.x.element)
-    w, (scale, zero) = elements.name(p.w.element), _met(family, p)
+    w, (scale, zero) = elements.name(p.w.element), _met(kind, p)
     assert x is not None
     assert w is not None
     return Spec(
@@ -115,14 +114,14 @@ def _grouped(p: Problem) -> bool:
     return _group(p) < p.k or p.w.bias or isinstance(p.w.scale.element, Element)
 
 
-def _met(family: Family, p: Problem) -> tuple[str | None, bool]:
+def _met(kind: Kind, p: Problem) -> tuple[str | None, bool]:
     """C++ type of the numbers that codes meet on their way, and whether addends are among them."""
     added = p.w.zero is not None or p.w.bias
-    if family is _SCALED:
+    if kind is _SCALED:
         return _X["bfloat16"], False
-    if family is _FLOAT8:
+    if kind is _FLOAT8:
         return (TABLE if _grouped(p) else None), False
-    if family is _INT8:
+    if kind is _INT8:
         return ("int8_t", True) if added else (None, False)
     own = _X[str(p.x)]
     if not _grouped(p):
@@ -130,51 +129,29 @@ def _met(family: Family, p: Problem) -> tuple[str | None, bool]:
     return ("float" if added or p.w.scale.element != p.x else own), added
 
 
-def _best(family: Family, p: Problem) -> Tile | None:
-    capability = launch.parse(p.device).capability
-
-    def usable(tile: Tile) -> bool:
-        # More rows are more tiles: fewer blocks share each, and float sums add up otherwise.
-        if tile.shared and p.batch_invariant and family is not _INT8:
-            return False
-        return compile.lacking(source(spec_with(family, p, tile)), capability) is None
-
-    return tiles.best(p, family.name, family.faster, usable)
-
-
-def spec_of(family: Family, p: Problem) -> Spec:
-    """The kernel that an accepted product runs."""
-    return spec_with(family, p, families.found(_best(family, p)))
-
-
-def _accepts(family: Family, p: Problem) -> str | None:
-    refusal = families.refuse(p, (90,)) or _refuse_x(family, p)
+def _refuse(kind: Kind, p: Problem) -> str | None:
+    refusal = families.refuse(p, (90,)) or _refuse_x(kind, p)
     if refusal is not None:
         return refusal
-    if elements.name(p.w.element) not in family.weights:
-        return f"wants weights of {family.words}, got {p.w.name}"
-    refusal = _refuse_scales(family, p) or launcher.refuse_rows(p) or _refuse_otherwise(family, p)
-    if refusal is None and _best(family, p) is None:
-        capability = launch.parse(p.device).capability
-        spec = spec_with(family, p, tiles.listed(family.name)[0])
-        return compile.lacking(source(spec), capability)
-    return refusal
+    if elements.name(p.w.element) not in kind.weights:
+        return f"wants weights of {kind.words}, got {p.w.name}"
+    return _refuse_scales(kind, p) or launcher.refuse_rows(p) or _refuse_otherwise(kind, p)
 
 
-def _refuse_otherwise(family: Family, p: Problem) -> str | None:
+def _refuse_otherwise(kind: Kind, p: Problem) -> str | None:
     """What the kernel refuses that computes where memory is not aligned."""
-    return integer.KERNELS[0].accepts(p) if family is _INT8 else gemm.refuse(p)
+    return integer.KERNELS[0].accepts(p) if kind is _INT8 else gemm.refuse(p)
 
 
-def _refuse_x(family: Family, p: Problem) -> str | None:
-    if family is _SIXTEEN:
+def _refuse_x(kind: Kind, p: Problem) -> str | None:
+    if kind is _SIXTEEN:
         return None if p.x in _X else f"wants bfloat16 or float16 x, got {_named(p.x)}"
-    wanted, given = ("int8_t", "int8") if family is _INT8 else (_FLOAT, "float8_e4m3fn")
+    wanted, given = ("int8_t", "int8") if kind is _INT8 else (_FLOAT, "float8_e4m3fn")
     coded = not isinstance(p.x, str) and elements.name(p.x.element) == wanted
     if isinstance(p.x, str) or not coded or p.x.zero is not None or p.x.bias:
         return f"wants x of {given} without zero points, got {_named(p.x)}"
-    (rows, columns), kind = p.x.scale.block, p.x.scale.element
-    if kind != "float32" or p.x.tensor_scale or rows not in (1, None):
+    rows, columns = p.x.scale.block
+    if p.x.scale.element != "float32" or p.x.tensor_scale or rows not in (1, None):
         return f"reads one float32 scale for a row of x or for all rows, {p.x.name} has others"
     if columns is not None and columns < p.k:
         return f"scales of x must not change along the columns, they change every {columns}"
@@ -185,26 +162,26 @@ def _named(x: Format | str) -> str:
     return x if isinstance(x, str) else x.name
 
 
-def _refuse_scales(family: Family, p: Problem) -> str | None:
+def _refuse_scales(kind: Kind, p: Problem) -> str | None:
     w, grouped, tabled = p.w, _grouped(p), isinstance(p.w.scale.element, Element)
     if isinstance(w.zero, str):
         return f"takes off zero points that are whole numbers, {w.name} has others"
-    if family in _FLOATS and (w.zero is not None or w.bias):
+    if kind in _FLOATS and (w.zero is not None or w.bias):
         return f"wants no zero points and no block biases, {w.name} has them"
-    if family is _SCALED and not grouped:
+    if kind is _SCALED and not grouped:
         return f"scales codes in groups, {w.name} has none; upcast_float8 takes it"
-    if family in _FLOATS and grouped:
-        kind = w.scale.element
-        tables = isinstance(kind, Element) and elements.name(kind) == _FLOAT
+    if kind in _FLOATS and grouped:
+        scale = w.scale.element
+        tables = isinstance(scale, Element) and elements.name(scale) == _FLOAT
         if elements.name(w.element) != _FOURS[0] or not tables:
             return f"wants int4 with float8_e4m3fn scales where they are of groups, got {w.name}"
     elif tabled or w.tensor_scale:
         return f"reads scales of a float dtype and no second one for all, got {w.name}"
-    if family is _INT8:
+    if kind is _INT8:
         return f"exact sums meet one scale, {w.name} has more" if grouped else _refuse_numbers(p)
-    if family is _SIXTEEN and grouped and p.x == "float16":
+    if kind is _SIXTEEN and grouped and p.x == "float16":
         return f"products of codes and scales of {w.name} may leave float16's range"
-    depth = 64 if family is _SIXTEEN else 128
+    depth = 64 if kind is _SIXTEEN else 128
     if _group(p) < p.k and _group(p) % depth:
         return f"scales must change at multiples of {depth} columns, they change every {_group(p)}"
     return None
@@ -220,14 +197,6 @@ def _refuse_numbers(p: Problem) -> str | None:
     if p.k * 128 * max(-least, most) >= 2**31:
         return f"sums of {p.k} columns do not surely fit in int32"
     return None
-
-
-def _seconds(family: Family, p: Problem, tile: Tile) -> float:
-    return tiles.seconds(p, tile, family.faster)
-
-
-def _build(family: Family, p: Problem) -> Bind:
-    return bind(p, spec_of(family, p))
 
 
 def bind(p: Problem, spec: Spec) -> Bind:
@@ -270,12 +239,12 @@ def bind(p: Problem, spec: Spec) -> Bind:
     return to
 
 
-def _roundings(family: Family, p: Problem) -> Roundings:
-    if family is _INT8:
+def _roundings(kind: Kind, p: Problem, tile: Tile) -> Roundings:
+    if kind is _INT8:
         return integer_roundings(p, p.k)
-    grouped, most = _grouped(p), families.found(_best(family, p)).sharing(p).most
+    grouped, most = _grouped(p), tile.sharing(p).most
     after, shares = most + 1 + FINAL_ROUNDINGS, f", {most} shares ascending" if most > 1 else ""
-    if family in _FLOATS:
+    if kind in _FLOATS:
         # Numbers of a table are multiples of 2**-9: where they are small, half of that is lost.
         lost = _LARGEST * 2.0**-10 * ROOM if grouped else 0.0
         return Roundings(
@@ -296,15 +265,20 @@ def _roundings(family: Family, p: Problem) -> Roundings:
     )
 
 
-KERNELS = tuple(
-    families.kernel(
-        family.name,
-        accepts=partial(_accepts, family),
-        best=partial(_best, family),
-        seconds=partial(_seconds, family),
-        build=partial(_build, family),
-        roundings=partial(_roundings, family),
-        by_name=family in _FLOATS,
+def _family(kind: Kind) -> families.Family[Tile, Spec]:
+    return families.Family(
+        kind.name,
+        refuse=partial(_refuse, kind),
+        ways=lambda p: tiles.listed(kind.name),
+        faster=kind.faster,
+        spec=partial(spec_with, kind),
+        source=source,
+        bind=bind,
+        roundings=partial(_roundings, kind),
+        exact=kind is _INT8,
+        by_name=kind in _FLOATS,
     )
-    for family in FAMILIES
-)
+
+
+FAMILIES = {kind.name: _family(kind) for kind in (_SIXTEEN, _INT8, *_FLOATS)}
+KERNELS = tuple(family.kernel for family in FAMILIES.values())

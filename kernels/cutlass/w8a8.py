@@ -14,7 +14,7 @@ import numpy as np
 
 from lowbit.formats import Element, Format, get, reference
 from lowbit.formats.reference import Packed
-from lowbit.kernels.cuda import compile, cublas, emit, float8, gemm, integer, launch
+from lowbit.kernels.cuda import cublas, float8, gemm, integer, launch
 from lowbit.kernels.cuda.launch import Source
 from lowbit.kernels.cuda.row_sums import row_sums
 from lowbit.kernels.cutlass import dense, elements, families, launcher, tiles
@@ -30,8 +30,6 @@ from lowbit.kernels.declare import (
     Run,
 )
 from lowbit.kernels.segments import FINAL_ROUNDINGS, integer_roundings, segment_of
-
-FASTER = 2.0  # than tensor cores on 16-bit numbers
 
 
 @lru_cache(maxsize=512)
@@ -67,25 +65,7 @@ def spec_with(p: Problem, tile: Tile, *, fast: bool = False) -> Spec:
     )  # fmt: skip
 
 
-def spec_of(p: Problem, *, fast: bool = False) -> Spec:
-    """The kernel that an accepted product runs."""
-    family = "int8" if emit.whole(p.w.element) else "float8_fast" if fast else "float8"
-    return spec_with(p, families.found(_best(family, p)), fast=fast)
-
-
-def _best(family: str, p: Problem) -> Tile | None:
-    capability, fast = launch.parse(p.device).capability, family == "float8_fast"
-
-    def usable(tile: Tile) -> bool:
-        # More rows are more tiles: fewer blocks share each, and sums add up otherwise.
-        if tile.shared and p.batch_invariant:
-            return False
-        return compile.lacking(source(spec_with(p, tile, fast=fast)), capability) is None
-
-    return tiles.best(p, family, FASTER, usable)
-
-
-def _accepts(family: str, p: Problem) -> str | None:
+def _refuse(family: str, p: Problem) -> str | None:
     refusal = families.refuse(p, (90,))
     if refusal is not None:
         return refusal
@@ -108,15 +88,7 @@ def _accepts(family: str, p: Problem) -> str | None:
         return "where memory is not aligned, x with zero points goes to the vendor's library"
     if family == "int8" and _longest(p) < p.k:
         return f"sums of {p.k} columns do not surely fit in int32"
-    refusal = launcher.refuse_rows(p)
-    if refusal is not None:
-        return refusal
-    if _best(family, p) is None:
-        capability = launch.parse(p.device).capability
-        tile = tiles.listed(family)[0]
-        spec = spec_with(p, tile, fast=family == "float8_fast")
-        return compile.lacking(source(spec), capability)
-    return None
+    return launcher.refuse_rows(p)
 
 
 def _longest(p: Problem) -> int:
@@ -126,10 +98,6 @@ def _longest(p: Problem) -> int:
     if isinstance(p.x.zero, Element):
         largest += max(abs(p.x.zero.min), abs(p.x.zero.max))
     return int((2**31 - 1) // (largest * max(abs(p.w.element.min), abs(p.w.element.max))))
-
-
-def _build(family: str, p: Problem) -> Bind:
-    return bind(p, spec_of(p, fast=family == "float8_fast"))
 
 
 def bind(p: Problem, spec: Spec) -> Bind:
@@ -170,7 +138,7 @@ def bind(p: Problem, spec: Spec) -> Bind:
     return to
 
 
-def _roundings(family: str, p: Problem) -> Roundings:
+def _roundings(family: str, p: Problem, tile: Tile) -> Roundings:
     if family == "int8":
         exact = integer_roundings(p, p.k)
         if getattr(p.x, "zero", None) is None:
@@ -178,7 +146,7 @@ def _roundings(family: str, p: Problem) -> Roundings:
         other = cublas.KERNELS[0].roundings(p)
         return replace(other, note=f"{exact.note}; or, where memory is not aligned, {other.note}")
     longest = p.k if family == "float8_fast" else float8.LONGEST
-    segments, most = -(-p.k // longest), families.found(_best(family, p)).sharing(p).most
+    segments, most = -(-p.k // longest), tile.sharing(p).most
     return Roundings(
         "float32",
         float8.cut(min(longest, p.k)) + segments + most + 1 + FINAL_ROUNDINGS,
@@ -189,15 +157,20 @@ def _roundings(family: str, p: Problem) -> Roundings:
     )
 
 
-KERNELS = tuple(
-    families.kernel(
-        family,
-        accepts=partial(_accepts, family),
-        best=partial(_best, family),
-        seconds=lambda p, tile: tiles.seconds(p, tile, FASTER),
-        build=partial(_build, family),
-        roundings=partial(_roundings, family),
-        by_name=family == "float8_fast",
+def _family(name: str) -> families.Family[Tile, Spec]:
+    return families.Family(
+        name,
+        refuse=partial(_refuse, name),
+        ways=lambda p: tiles.listed(name),
+        faster=2,
+        spec=partial(spec_with, fast=name == "float8_fast"),
+        source=source,
+        bind=bind,
+        roundings=partial(_roundings, name),
+        exact=name == "int8",
+        by_name=name == "float8_fast",
     )
-    for family in ("int8", "float8", "float8_fast")
-)
+
+
+FAMILIES = {name: _family(name) for name in ("int8", "float8", "float8_fast")}
+KERNELS = tuple(family.kernel for family in FAMILIES.values())
