@@ -255,10 +255,12 @@ def _roundings(kind: Kind, p: Problem, tile: Tile) -> Roundings:
             weight=2.0**-4 * 1.01 if grouped else 0.0,
             flushed=lost,
         )
-    # Every instruction cuts its terms and their sum, see kernels/cuda/gemm.py.
+    # Every instruction cuts its terms and their sum, see kernels/cuda/gemm.py, which computes where
+    # memory is not aligned.
+    count = 2 * (_TERMS + 2) * (-(-p.k // _TERMS) + 2) + after
     return Roundings(
         "float32",
-        2 * (_TERMS + 2) * (-(-p.k // _TERMS) + 2) + after,
+        max(count, gemm.roundings(p).count),
         f"tensor cores over 16 columns, those ascending{shares}",
         ACTIVATION_ERROR[p.activation],
         weight=2.0**-8 + 2.0**-14 if grouped else 0.0,
