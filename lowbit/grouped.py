@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -260,10 +261,12 @@ def _at_once(
     numbers = groups.there(place, launches.COUNTS)
     if numbers is None:
         return None
-    plans, key = w._content.plans, ("experts at once", p, room)
+    # Of every number of rows, or each would stay with the stack.
+    spec = launches.spec_of(p, experts)
+    plans, key = w._content.plans, ("experts at once", replace(p, m=1), spec)
     run = plans.get(key)
     if run is None:
-        run = plans[key] = launches.bind(p, experts, room)(parts)
+        run = plans[key] = launches.bind(p, spec, experts)(parts)
 
     def execute(x: Array | QArray, after: Epilogue, out: Array) -> bool:
         left: Any = x
@@ -272,7 +275,8 @@ def _at_once(
             left = quantize_on_the_way(_filled(dense, numbers) if room else dense, fmt, None)
         if room:
             left, out = left.reshape(p.m, p.k), out.reshape(p.m, p.n)
-        return binding.readable(left._parts, "rows") and bool(run(left._parts, numbers, after, out))
+        parts = left._parts
+        return binding.readable(parts, "rows") and bool(run(parts, numbers, room, after, out))
 
     return execute
 

@@ -245,8 +245,8 @@ def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: in
     machine, out = Machine(launch.parse(HOPPER), emulator), aligned_zeros((p.m, n), DTYPES[p.out])
     machine.spec, machine.format = experts_of.spec_of(p, experts), fmt
     with launch.pretending(machine):
-        run = experts_of.bind(p, experts)(w)
-        assert run(x, ends, Epilogue(0.5, bias), out)
+        run = experts_of.bind(p, machine.spec, experts)(w)
+        assert run(x, ends, 0, Epilogue(0.5, bias), out)
     ((source, blocks, _),) = machine.launched
     assert source == experts_of.source(machine.spec)
     assert blocks == (132, 1, 1)
@@ -281,23 +281,12 @@ def test_what_is_refused_is_said_why() -> None:
         assert words in refusal
 
 
-class Cupy(fake_cupy.Machine):
-    """Launches on the stand-in's arrays, of a GPU that has CUTLASS's kernels."""
-
-    def encode(self, wanted: Any) -> bytes:
-        return host.recorded(wanted)
-
-    def by_value(self, data: bytes) -> bytes:
-        return data
-
-
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """CuPy's stand-in, whose fresh memory is not zero by chance."""
     cupy = fake_cupy.module()
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(places, "gpu_array", cupy.ndarray)
-    cupy.arange = lambda count: cupy.asarray(np.arange(count))
     cupy.empty = lambda shape, dtype: cupy.full(shape, 7, dtype)
     return cupy
 
@@ -306,7 +295,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
 def hopper(cupy: Any, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Machine]:
     """CuPy's stand-in and what its launches are computed by."""
     inner = Machine(launch.parse(HOPPER), emulator)
-    machine = Cupy(inner)
+    machine = fake_cupy.Machine(inner)
     monkeypatch.setattr(launch, "machine_of", lambda array: machine)
     return cupy, inner
 
@@ -339,6 +328,26 @@ def test_one_launch_serves_all_groups(
         np.testing.assert_array_equal(each.get(), expected)
 
 
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+def test_every_number_of_rows_is_bound_once(hopper: tuple[Any, Machine]) -> None:
+    cupy, inner = hopper
+    rng, experts, n, k = np.random.default_rng(5), 2, 72, 160
+    w = lb.quantize(rng.standard_normal((experts, n, k), np.float32), "int8_row")
+    stack = w.to_device("cuda")
+    p = Problem(1, n, k, w.format, w.format, "float32", device=HOPPER)
+    inner.spec, inner.format = experts_of.spec_of(p, experts), "int8_row"
+    for rows in range(2, 12):
+        x = rng.standard_normal((rows, k), np.float32)
+        options: dict[str, Any] = {"x_format": "int8_row", "out_dtype": "float32"}
+        wanted = lb.grouped_matmul(x, w, [1, rows], **options)
+        got = lb.grouped_matmul(cupy.asarray(x), stack, [1, rows], **options)
+        np.testing.assert_array_equal(got.get(), wanted)
+        room = np.stack([np.resize(x, (rows, k))] * experts)
+        got = lb.grouped_matmul(cupy.asarray(room), stack, counts=[1, rows], **options)
+        np.testing.assert_array_equal(got.get()[0, 0], wanted[0])
+    assert len(stack._content.plans) == 2  # the experts themselves, and one launch
+
+
 def test_other_groups_take_a_launch_each(
     cupy: Any, emulator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +375,8 @@ def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: An
     machine, out = Machine(launch.parse(HOPPER), emulator), aligned_zeros((p.m, n), np.float32)
     machine.spec, machine.format = experts_of.spec_of(p, experts), "fp8_row"
     with launch.pretending(machine):
-        assert experts_of.bind(p, experts, most)(w)(x, counts, Epilogue(), out)
+        run = experts_of.bind(p, machine.spec, experts)(w)
+        assert run(x, counts, most, Epilogue(), out)
     for e, count in enumerate(counts):
         full, rest = slice(most * e, most * e + count), slice(most * e + count, most * e + most)
         wanted = finished(

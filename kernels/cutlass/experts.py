@@ -22,9 +22,10 @@ from lowbit.kernels.cutlass.package import Shipped
 from lowbit.kernels.cutlass.tiles import Tile
 from lowbit.kernels.declare import Array, Epilogue, Problem
 
-Run = Callable[[Packed, Array, Epilogue, Array], bool]
-"""run(x, rows, epilogue, out): rows as `grouped.Rows` has them; bias (experts, n). False: memory is
-not as TMA wants it, nothing was launched."""
+Run = Callable[[Packed, Array, int, Epilogue, Array], bool]
+"""run(x, rows, most, epilogue, out): rows of each expert, and the most that each has room for or 0,
+as `grouped.Rows` has them; bias (experts, n). False: memory is not as TMA wants it, nothing was
+launched."""
 
 COUNTS = tuple(grouped.COUNTS)
 """dtypes of numbers of rows."""
@@ -86,12 +87,8 @@ def refuse(p: Problem, experts: int) -> str | None:
     return compile.lacking(source(spec_of(p, experts)), launch.parse(p.device).capability)
 
 
-def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
-    """Bind an accepted product to a stack of weights (experts, n, k).
-
-    `most` are the rows that every expert has room for; 0: rows are sorted by expert.
-    """
-    spec = spec_of(p, experts)
+def bind(p: Problem, spec: Spec, experts: int) -> Callable[[Packed], Run]:
+    """Bind an accepted product, of any number of rows, to a stack of weights (experts, n, k)."""
     named, processors = source(spec), launch.parse(p.device).processors
     maps = -(-grouped.map_bytes(processors) // _WORDS) * _WORDS
     words = (maps + grouped.table_bytes(experts) + 7) // 4
@@ -109,7 +106,7 @@ def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
             made = grouped.arguments(spec, call, processors, machine.encode)
             return machine.by_value(bytes(made))
 
-        def run(x: Packed, rows: Array, epilogue: Epilogue, out: Array) -> bool:
+        def run(x: Packed, rows: Array, most: int, epilogue: Epilogue, out: Array) -> bool:
             left, result = (launcher.placed(machine, each) for each in (x.codes, out))
             if weight is None or left is None or result is None:
                 return False
@@ -117,7 +114,7 @@ def bind(p: Problem, experts: int, most: int = 0) -> Callable[[Packed], Run]:
             setup, numbers = grouped.setup(spec, rows.dtype.name)
             memory = machine.scratch(words)
             given = Rows(
-                experts, most, p.m, p.n, p.k, weight, left, result, address(x.scales), step
+                experts, most, len(x.codes), p.n, p.k, weight, left, result, address(x.scales), step
             )
             machine.function(setup)(
                 (-(-experts // grouped.SETUP),),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-_NAMES = """argwhere array array_equal asarray ascontiguousarray broadcast_to concatenate copyto
-empty empty_like expand_dims full isfinite may_share_memory ones""".split()
+_NAMES = """arange argwhere array array_equal asarray ascontiguousarray broadcast_to concatenate
+copyto empty empty_like expand_dims full isfinite may_share_memory ones""".split()
 _METHODS = """all any astype copy item max min ravel repeat reshape squeeze sum swapaxes tolist
 transpose view""".split()
 _PROPERTIES = "T dtype itemsize nbytes ndim shape size strides".split()
