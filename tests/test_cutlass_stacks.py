@@ -45,6 +45,8 @@ CASES = [
     ("upcast16", "bfloat16", "int4_g128"),
     ("upcast16", "bfloat16", "uint4_g64_asym"),
     ("upcast16", "float16", "int4_tensor"),
+    ("upcast16", "float16", "uint4_g64_zint8"),
+    ("upcast_float8_scaled", "fp8_row", "int4_g256_e4m3_ts"),
     ("upcast16", "bfloat16", "fp8_128x128"),
     ("upcast_int8", "int8_row", "uint4_row_asym"),
     ("upcast_float8", "fp8_tensor", "int4_g256_e4m3_ts"),

@@ -128,7 +128,8 @@ def test_what_is_launched_computes_the_product(family: str, fmt: str, data: st.D
     if not found.weight:
         assert (multiplied == plain).all()
     elif not found.flushed:
-        assert (np.abs(multiplied - values) <= found.weight * sizes).all()
+        scaled = multiplied * launched.vector("w_scale", n)[:, None].astype(np.float64)
+        assert (np.abs(scaled - values) <= found.weight * sizes).all()
     wanted = alpha * left_values @ values.T + (0 if bias is None else bias)
     size = abs(alpha) * np.abs(left_values) @ sizes.T + (0 if bias is None else np.abs(bias))
     wanted = np.maximum(wanted, 0) if activation else wanted
@@ -220,7 +221,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("upcast16", "weights of int4", {"w": "int3_g64"}),
     ("upcast16", "zero points that are whole", {"w": "uint4_g64_zf16"}),
     ("upcast16", "scales of a float dtype", {"w": "int4_g64_e8m0"}),
-    ("upcast16", "float16's range", {"x": "float16"}),
+    ("upcast16", "float16's range", {"x": "float16", "w": "uint4_g64_bias"}),
     ("upcast16", "multiples of 64 columns", {"w": "int4_g32"}),
     ("upcast16", "of w do not begin", {"k": 528}),
     ("upcast16", "numbers of the result", {"n": 516}),
@@ -263,6 +264,52 @@ def test_values_that_are_rounded_are_said_to_be() -> None:
     rounded = {w: upcast.KERNELS[0].roundings(problem(w=w)).weight > 0 for w in WEIGHTS["upcast16"]}
     exact = {w for w in rounded if "row" in w or "tensor" in w} - {"int4_row_bias"}
     assert {w for w, found in rounded.items() if not found} == exact
+
+
+@needs_headers
+@pytest.mark.parametrize("top", [1.0, -0.75, 2.0**-60, 2.0**99])
+@pytest.mark.parametrize(
+    ("fmt", "apart"),
+    [("int4_g64", 26), ("int8_g64", 22), ("uint4_g64_zint8", 21), ("fp8_g64", 11)],
+)
+def test_float16_holds_scales_that_are_not_too_far_apart(fmt: str, apart: int, top: float) -> None:
+    """The largest of a row over the smallest; what goes beyond is computed by another kernel."""
+    made, _, _ = packed(fmt, 16, 256, 5)
+    family, p = upcast.FAMILIES["upcast16"], problem(x="float16", w=fmt, m=8, n=16, k=256)
+    machine = Watching(launch.parse(HOPPER))
+    x, out = placed(np.ones((8, 256), np.float16)), placed(np.zeros((8, 16), ml_dtypes.bfloat16))
+    for power in (apart, apart + 1):
+        # A row is divided by the power of two at or above its largest scale.
+        least = 2.0 ** (np.ceil(np.log2(abs(top))) - power)
+        scales = np.array([top, least, 0, -top / 8], np.float32)
+        held = replace(made, scales=placed(np.tile(scales, (16, 1))))
+        with launch.pretending(machine):
+            run = family.kernel.build(p)(held)
+            run(x, Epilogue(), out)
+        source, _, argument = machine.launched.pop()
+        assert source.headers == ("cutlass" if power == apart else None)
+        if power == apart:
+            read = OfMixed(family.spec_of(p), argument)
+            found = read.weights() * read.vector("w_scale", 16)[:, None].astype(np.float64)
+            wanted = reference.dequantize(held).astype(np.float64)
+            promised = family.kernel.roundings(p).weight
+            assert 2.0**-11 < promised < 2.0**-10
+            assert (np.abs(found - wanted) <= promised * np.abs(wanted)).all()
+        del run
+
+
+@needs_headers
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 2.0**-126, 2.0**127])
+def test_float16_leaves_scales_that_are_not_usual_to_another_kernel(odd: float) -> None:
+    made, _, _ = packed("int4_g64", 16, 256, 5)
+    scales = placed(made.scales)
+    scales[3] = odd
+    machine, p = Watching(launch.parse(HOPPER)), problem(x="float16", m=8, n=16, k=256)
+    x, out = placed(np.ones((8, 256), np.float16)), placed(np.zeros((8, 16), ml_dtypes.bfloat16))
+    with launch.pretending(machine):
+        run = upcast.FAMILIES["upcast16"].kernel.build(p)(replace(made, scales=scales))
+        run(x, Epilogue(), out)
+    assert [source.headers for source, *_ in machine.launched] == [None]
 
 
 @needs_headers

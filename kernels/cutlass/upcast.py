@@ -1,7 +1,7 @@
 """Weights of fewer bits than x on Hopper's tensor cores, which multiply numbers of x's type.
 
 matmul.cutlass.upcast16: bfloat16 or float16 x. Where scales change along the columns, w's values
-are rounded to bfloat16 on their way, which kernels/cuda/hopper.py does not need.
+are rounded to x's type on their way, which kernels/cuda/hopper.py does not need.
 matmul.cutlass.upcast_int8: int8 x, exactly.
 matmul.cutlass.upcast_float8: float8 x, whose sums the tensor cores alone add up over all columns;
 chosen by name only. Scales of groups are multiplied into int4's 16 codes beforehand, and rounded to
@@ -38,6 +38,7 @@ _TERMS = 16  # of one instruction on 16-bit numbers
 _FLOAT = "cutlass::float_e4m3_t"
 _LARGEST = 448.0  # number of float8_e4m3fn
 _X = {"bfloat16": "cutlass::bfloat16_t", "float16": "cutlass::half_t"}
+_UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 _FOURS = "cutlass::int4b_t", "cutlass::uint4b_t"
 
 
@@ -179,8 +180,8 @@ def _refuse_scales(kind: Kind, p: Problem) -> str | None:
         return f"reads scales of a float dtype and no second one for all, got {w.name}"
     if kind is _INT8:
         return f"exact sums meet one scale, {w.name} has more" if grouped else _refuse_numbers(p)
-    if kind is _SIXTEEN and grouped and p.x == "float16":
-        return f"products of codes and scales of {w.name} may leave float16's range"
+    if kind is _SIXTEEN and w.bias and p.x == "float16":
+        return f"codes times scales plus biases of {w.name} may leave float16's range"
     depth = 64 if kind is _SIXTEEN else 128
     if _group(p) < p.k and _group(p) % depth:
         return f"scales must change at multiples of {depth} columns, they change every {_group(p)}"
@@ -211,8 +212,10 @@ def bind(p: Problem, spec: Spec) -> Bind:
         raw: Run = otherwise(w)
         if launcher.placed(machine, w.codes) is None:
             return raw
-        weight = weights.laid(machine, spec.scale, w)
+        weight = weights.laid(machine, spec, w)
         machine.settle()
+        if weight is None:
+            return raw
         codes, scales, zeros = (
             Matrices(0, 0) if each is None else families.found(launcher.placed(machine, each))
             for each in (weight.codes, weight.scales, weight.zeros)
@@ -263,7 +266,7 @@ def _roundings(kind: Kind, p: Problem, tile: Tile) -> Roundings:
         max(count, gemm.roundings(p).count),
         f"tensor cores over 16 columns, those ascending{shares}",
         ACTIVATION_ERROR[p.activation],
-        weight=2.0**-8 + 2.0**-14 if grouped else 0.0,
+        weight=_UNIT[str(p.x)] + 2.0**-14 if grouped else 0.0,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lowbit.formats import Element, Format
 from lowbit.formats.reference import Packed
 from lowbit.kernels.cuda.launch import Machine
-from lowbit.kernels.cutlass.mixed import TABLE
+from lowbit.kernels.cutlass.mixed import TABLE, Spec
 from lowbit.kernels.declare import Array
 
 ROOM = 8.0
@@ -36,8 +36,12 @@ class Weight:
     """That multiplies all."""
 
 
-def laid(machine: Machine, scale: str | None, w: Packed) -> Weight:
-    """w as a kernel reads it: codes as they lie wherever they can, scales turned."""
+def laid(machine: Machine, spec: Spec, w: Packed) -> Weight | None:
+    """w as a kernel reads it: codes as they lie wherever they can, scales turned.
+
+    None where float16 does not hold its numbers.
+    """
+    scale = spec.scale
     codes, fmt = w.codes.view(np.uint8), w.format
     if scale == TABLE:
         table = tabled(machine, w.scales)
@@ -63,7 +67,34 @@ def laid(machine: Machine, scale: str | None, w: Packed) -> Weight:
         assert zeros is not None
         scales = shortened(scales, fmt)
         added = -(_of_rows(w, zeros).astype(np.float32) * scales)
-    return Weight(codes, turned(scales), None if added is None else turned(added))
+    factor = None
+    if spec.x == "cutlass::half_t":
+        factor = _factor(scales, fmt)
+        if factor is None:
+            return None
+        scales = scales / factor
+        added = None if added is None else added / factor
+    return Weight(codes, turned(scales), None if added is None else turned(added), factor)
+
+
+def _factor(scales: Array, fmt: Format) -> Array | None:
+    """Powers of two by which numbers of rows are divided, so that float16 holds each as normal.
+
+    None where scales of a row differ too much for that.
+    """
+    sizes = np.abs(np.array(fmt.element.values))
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    least, most = sizes.min(), sizes.max()
+    if isinstance(fmt.zero, Element):
+        least, most = 1, most + max(abs(fmt.zero.min), abs(fmt.zero.max))
+    found = abs(scales)
+    top = found.max(-1, keepdims=True)
+    usual = (top == 0) | ((top > np.float32(2.0**-100)) & (top < np.float32(2.0**100)))
+    rounded = ((top.view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)).view(np.float32)
+    room = np.float32(2.0 ** (np.ceil(np.log2(most)) - 15))
+    factor: Array = rounded * room + (top == 0).astype(np.float32)
+    held = (found == 0) | (found >= factor * np.float32(2.0**-14 / least))
+    return factor if bool((usual & held).all()) else None
 
 
 def _second(w: Packed) -> Array | None:
