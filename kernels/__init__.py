@@ -20,6 +20,7 @@ __all__ = [
     "Run",
     "Verdict",
     "choose",
+    "cost",
     "judge",
     "prepared",
 ]
@@ -56,15 +57,15 @@ def judge(problem: Problem) -> list[Verdict]:
             refusal = kernel.accepts(kernel.asked(problem))
         seconds, order = None, math.inf
         if refusal is None:
-            seconds = _cost(kernel, asked)
-            order = _cost(kernel, replace(compared, layout=kernel.layouts[-1]))
+            seconds = cost(kernel, asked)
+            order = cost(kernel, replace(compared, layout=kernel.layouts[-1]))
             if kernel.by_name:
                 order += _LAST
         verdicts.append((order, kernel.name, Verdict(kernel, refusal, seconds)))
     return [verdict for *_, verdict in sorted(verdicts, key=lambda found: found[:2])]
 
 
-def _cost(kernel: Kernel, problem: Problem) -> float:
+def cost(kernel: Kernel, problem: Problem) -> float:
     """Seconds of all matrices."""
     asked = kernel.asked(problem)
     return kernel.cost(asked) * (problem.batches // asked.batches)

@@ -148,7 +148,8 @@ def _state_right(
 def _alike(x: Operand, w: QArray) -> bool:
     """Whether x has a matrix for each of w's, which follow each other in memory."""
     lead = w._parts.shape[:-2]
-    if x.shape[:-2] != lead or not isinstance(w._parts, Packed):
+    # A stack of none is for nobody to compute, and would cost nothing.
+    if x.shape[:-2] != lead or 0 in lead or not isinstance(w._parts, Packed):
         return False
     return len(lead) == 1 or w._parts.codes.flags.c_contiguous
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowbit import device
-from lowbit.kernels import Kernel, Problem, Verdict, judge, pick
+from lowbit.kernels import Kernel, Problem, Verdict, cost, judge, pick
 
 if TYPE_CHECKING:
     from lowbit.dispatch import Stated
@@ -179,7 +179,7 @@ def explained(stated: Stated, kernel: str | None) -> Explanation:
     verdicts = judge(problem)
     if stated.exact:
         verdicts = [
-            replace(v, seconds=None if v.refusal else v.kernel.cost(problem))
+            replace(v, seconds=None if v.refusal else cost(v.kernel, problem))
             for v in dispatch.reference_alone()
         ]
     chosen = pick(verdicts, kernel).kernel

@@ -46,10 +46,10 @@ CASES = [
     ("upcast16", "bfloat16", "uint4_g64_asym"),
     ("upcast16", "float16", "int4_tensor"),
     ("upcast16", "float16", "uint4_g64_zint8"),
-    ("upcast_float8_scaled", "fp8_row", "int4_g256_e4m3_ts"),
     ("upcast16", "bfloat16", "fp8_128x128"),
     ("upcast_int8", "int8_row", "uint4_row_asym"),
     ("upcast_float8", "fp8_tensor", "int4_g256_e4m3_ts"),
+    ("upcast_float8_scaled", "fp8_row", "int4_g128_e4m3_ts"),
     ("mma_int8", "int8_tensor", "int8_row"),
     ("mma_int8", "int8_row", "int8_tensor"),
     ("mma_int4", "int8_row", "int4_row"),
@@ -61,25 +61,25 @@ needs_headers = pytest.mark.skipif(
 )
 
 
-def stacked(fmt: str, rows: int) -> Packed:
-    """Random parts, or dense numbers where `fmt` is a dtype."""
-    made = lb.stack([lb.testing.random_qarray(fmt, rows, K, seed=seed) for seed in range(B)])
+def stacked(fmt: str, rows: int, k: int = K) -> Packed:
+    """Random parts."""
+    made = lb.stack([lb.testing.random_qarray(fmt, rows, k, seed=seed) for seed in range(B)])
     parts = made._parts
     assert isinstance(parts, Packed)
     return replace(parts, codes=placed(parts.codes), scales=placed(parts.scales))
 
 
-def operands(name: str, x_fmt: str, w_fmt: str, out: str = "bfloat16") -> tuple[Problem, Any, Any]:
+def operands(name: str, x_fmt: str, w_fmt: str, m: int = M, k: int = K) -> tuple[Problem, Any, Any]:
     """A stack's problem, x and w."""
-    w, device = stacked(w_fmt, N), ADA if name.startswith("mma") else HOPPER
+    w, device = stacked(w_fmt, N, k), ADA if name.startswith("mma") else HOPPER
     if x_fmt in DTYPES:
         rng = np.random.default_rng(1)
-        x: Any = placed(rng.standard_normal((B, M, K)).astype(DTYPES[x_fmt]))
+        x: Any = placed(rng.standard_normal((B, m, k)).astype(DTYPES[x_fmt]))
         kind: Any = x_fmt
     else:
-        x = stacked(x_fmt, M)
+        x = stacked(x_fmt, m, k)
         kind = x.format
-    return Problem(M, N, K, kind, w.format, out, device=device, batches=B), x, w
+    return Problem(m, N, k, kind, w.format, "bfloat16", device=device, batches=B), x, w
 
 
 def binding(
@@ -128,17 +128,13 @@ def computing(reading: Launched, x: str, w: str) -> None:
         reading.compute(x, w)
 
 
-@needs_headers
-@pytest.mark.parametrize(("family", "x_fmt", "w_fmt"), CASES)
-def test_every_matrix_is_what_a_launch_of_its_own_computes(
-    family: str, x_fmt: str, w_fmt: str
-) -> None:
-    p, x, w = operands(family, x_fmt, w_fmt)
+def compare(family: str, x_fmt: str, w_fmt: str, p: Problem, x: Any, w: Packed) -> None:
+    """A launch of the stack with launches of its matrices."""
     p = replace(p, bias=True, residual="bfloat16")
     rng = np.random.default_rng(3)
     assert kernels.choose(p, f"matmul.cutlass.{family}").refusal is None
     bias = placed(rng.standard_normal(N, np.float32))
-    residual = placed(rng.standard_normal((B, M, N)).astype(DTYPES["bfloat16"]))
+    residual = placed(rng.standard_normal((B, p.m, N)).astype(DTYPES["bfloat16"]))
     bind, reading = binding(p, family)
     machine, runs = Keeping(launch.parse(p.device)), []
 
@@ -149,18 +145,45 @@ def test_every_matrix_is_what_a_launch_of_its_own_computes(
 
         return to
 
-    out, alone = (aligned((B, M, N), DTYPES["bfloat16"]) for _ in range(2))
+    out, alone = (aligned((B, p.m, N), DTYPES["bfloat16"]) for _ in range(2))
     together = launched(keeping(p), machine, x, w, Epilogue(-0.75, bias, None, residual), out)
     single = replace(p, batches=1)
     for i in range(B):
         computing(reading(together, i), x_fmt, w_fmt)
-        one = x[i] if x_fmt in DTYPES else take(x, i, slice(0, M))
+        one = x[i] if x_fmt in DTYPES else take(x, i, slice(0, p.m))
         after = Epilogue(-0.75, bias, None, residual[i])
         weight = take(w, i, slice(0, N))
         argument = launched(keeping(single), machine, one, weight, after, alone[i])
         computing(reading(argument, 0), x_fmt, w_fmt)
     np.testing.assert_array_equal(out, alone)
     assert len(np.unique(out.astype(np.float32))) > 100
+
+
+@needs_headers
+@pytest.mark.parametrize(("family", "x_fmt", "w_fmt"), CASES)
+@pytest.mark.parametrize("m", [M, 1])
+def test_every_matrix_is_what_a_launch_of_its_own_computes(
+    family: str, x_fmt: str, w_fmt: str, m: int
+) -> None:
+    compare(family, x_fmt, w_fmt, *operands(family, x_fmt, w_fmt, m))
+
+
+@needs_headers
+def test_scales_of_blocks_that_end_beyond_the_last_row() -> None:
+    # One for all columns: 136 rows, each with the scale of its 128.
+    case = "upcast16", "bfloat16", "fp8_128x128"
+    compare(*case, *operands(*case, k=128))
+
+
+@needs_headers
+@pytest.mark.parametrize("family", ["upcast_float8", "upcast_float8_scaled"])
+@pytest.mark.parametrize("step", [2, -1])
+def test_scales_of_matrices_that_do_not_follow_each_other(family: str, step: int) -> None:
+    case = family, "fp8_row", "int4_g128_e4m3_ts"
+    p, x, w = operands(*case)
+    held = np.zeros(abs(step) * B, np.float32)[::step]
+    held[...] = w.tensor_scale
+    compare(*case, p, x, replace(w, tensor_scale=held))
 
 
 @needs_headers
@@ -299,6 +322,14 @@ def test_matmul_of_stacks_takes_one_launch(cupy: Any) -> None:
     text = str(lb.explain(left, right.mT))
     assert "(6, 24, 64) int8_row @ (6, 48, 64) int8_row.mT" in text
     assert text.splitlines()[-1] == "all matrices of the stack in one launch"
+
+
+@needs_headers
+def test_a_stack_of_no_matrices_has_nothing_to_launch(cupy: Any) -> None:
+    x, w = (lb.quantize(np.zeros((0, n, 64), np.float32), "int8_row") for n in (24, 48))
+    got = lb.matmul(x.to_device("cuda"), w.to_device("cuda").mT)
+    assert got.shape == (0, 24, 48)
+    assert not cupy.computing.launched
 
 
 @needs_headers

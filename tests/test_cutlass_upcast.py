@@ -38,8 +38,10 @@ WEIGHTS = {
         "int4_tensor", "int4_row_bias",
     ],
     "upcast_int8": ["int4_row", "int4_tensor", "uint4_row", "uint4_row_asym", "int4_row_bf16_asym"],
-    "upcast_float8": ["int4_row", "uint4_tensor", "int4_g128_e4m3", "int4_g256_e4m3_ts"],
-    "upcast_float8_scaled": ["int4_g128_e4m3", "int4_g256_e4m3_ts"],
+    "upcast_float8": [
+        "int4_row", "uint4_tensor", "int4_g128_e4m3", "int4_g256_e4m3_ts", "int4_16x128_e4m3",
+    ],
+    "upcast_float8_scaled": ["int4_g128_e4m3", "int4_g256_e4m3_ts", "int4_16x128_e4m3"],
 }  # fmt: skip
 X = {
     "upcast16": ["bfloat16", "float16"],

@@ -319,6 +319,23 @@ def test_the_text_shows_which_way_the_weight_stands_and_that_the_slow_path_is_sl
     assert stack.splitlines()[-1] == "every matrix of the stack by itself"
 
 
+def test_seconds_are_those_of_all_matrices():
+    made = random_qarray("int8_row", 32, 64)
+    turned = lb.from_parts(made.format, made.codes, made.scales, columns=np.arange(64)[::-1])
+    for w in (made, turned):
+        one, five = (
+            {v.kernel.name: v.seconds for v in lb.explain(x, y.mT).verdicts if v.seconds}
+            for x, y in ((made, w), (lb.stack([made] * 5), lb.stack([w] * 5)))
+        )
+        assert five == {name: 5 * seconds for name, seconds in one.items()}
+
+
+def test_a_stack_of_no_matrices_is_explained_by_one():
+    w = random_qarray("int8_row", 32, 64)
+    empty = lb.stack([w])[:0]
+    assert "(32, 64) int8_row @ (32, 64) int8_row.T" in str(lb.explain(empty, empty.mT))
+
+
 def test_floors_are_bytes_and_operations_over_the_rates():
     from lowbit.kernels.cpu import machine
 

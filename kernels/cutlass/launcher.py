@@ -133,9 +133,10 @@ def placed(machine: Machine, rows: Array) -> Matrices | None:
 
 
 def vectors(machine: Machine, numbers: Array) -> Vectors:
-    """Numbers of rows, or of all rows of a matrix: (..., rows, 1)."""
-    rows = numbers.shape[-2]
-    return Vectors(machine.address(numbers), int(rows > 1), rows if numbers.ndim == 3 else 0)
+    """Numbers of rows, or of all rows of a matrix: (..., rows, 1), a matrix's side by side."""
+    # Of every other matrix, or where rows were cut off, they do not follow each other.
+    batch = numbers.strides[0] // numbers.itemsize if numbers.ndim == 3 else 0
+    return Vectors(machine.address(numbers), int(numbers.shape[-2] > 1), batch)
 
 
 def matrix_by_matrix(build: Callable[[Problem], Bind], p: Problem) -> Bind:

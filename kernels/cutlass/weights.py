@@ -43,12 +43,13 @@ def laid(machine: Machine, spec: Spec, w: Packed) -> Weight | None:
     """
     scale = spec.scale
     codes, fmt = w.codes.view(np.uint8), w.format
-    if scale == TABLE:
-        table = tabled(machine, w.scales)
-        return Weight(recoded(codes), table, row_scales=_second(w), factor=ROOM)
     if isinstance(fmt.scale.element, Element):
-        # Of 4 significant bits: their products with int4's codes are exact in bfloat16.
-        found = _turned(machine, str(scale), _float8s(w.scales.view(np.uint8)) / np.float32(ROOM))
+        narrow = _of_rows(w, w.scales.view(np.uint8))
+        if scale == TABLE:
+            found, codes = tabled(machine, narrow), recoded(codes)
+        else:
+            # Of 4 significant bits: their products with int4's codes are exact in bfloat16.
+            found = _turned(machine, str(scale), _float8s(narrow) / np.float32(ROOM))
         return Weight(codes, found, row_scales=_second(w), factor=ROOM)
     scales, zeros = _floats(str(fmt.scale.element), w.scales), w.zeros
     if scale is None:
