@@ -166,13 +166,23 @@ class Idle:
         return cupy.empty((count,), np.int32)
     scratch = counters
     number = staticmethod(gpu.number)
+    def encode(self, wanted):
+        return bytes(128)
+    def by_value(self, data):
+        return data
+    def settle(self):
+        pass
     def address(self, array):
         return array.data.ptr
 
 idle = Idle()
 launch.machine_of = lambda array: idle
-held = lb.quantize(np.ones((64, 64), np.float32), "int4_g32")
-weight = held._with(device.changed(held._rows(), lambda a: cupy.empty(a.shape, a.dtype)))
+
+def there(rows, name):
+    held = lb.quantize(np.ones((rows, 64), np.float32), name)
+    return held._with(device.changed(held._rows(), lambda a: cupy.empty(a.shape, a.dtype)))
+
+weight = there(64, "int4_g32")
 device._gpu(0, cupy)
 x, out = cupy.empty((1, 64), np.float16), cupy.empty((1, 64), np.float32)
 w = weight.T
@@ -201,8 +211,12 @@ print((many - none) * 1e3)
 
 plan, bound = lb.plan(x, w), lb.plan(x, w, out=out)
 product = plan._product
+codes = there(1, "int8_row")
+large = lb.plan(codes, there(64, "int8_row").T, kernel="matmul.cutlass.int8")
 calls = (
-    lambda: product.execute(x, plan._after, out), lambda: plan(x), lambda: bound(x),
+    lambda: product.execute(x, plan._after, out),
+    lambda: large._product.execute(codes, large._after, out),
+    lambda: plan(x), lambda: bound(x),
     lambda: lb.matmul(x, w), lambda: x @ weight.T,
 )
 for call in calls:
@@ -224,6 +238,7 @@ def device_calls() -> list[Figure]:
     names = (
         ("GPU: CuPy's reading of the arguments of 1x64x64", 1.0),
         ("GPU: the kernel's own part of 1x64x64", 2.0),
+        ("GPU: the part of 1x64x64 on CUTLASS, x quantized", 3.0),
         ("GPU: plan 1x64x64", 3.0),
         ("GPU: plan 1x64x64, out", 3.0),
         ("GPU: matmul 1x64x64", 8.0),
