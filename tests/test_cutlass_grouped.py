@@ -260,6 +260,27 @@ def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: in
         np.testing.assert_array_equal(out[rows], wanted.astype(out.dtype))
 
 
+@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@pytest.mark.parametrize("odd", ["x", "w", "out", "none"])
+def test_memory_that_tma_does_not_read_is_left_to_others(emulator: Any, odd: str) -> None:
+    experts, rows, n, k = 2, 6, 72, 160
+    x, w = quantized("int8_row", (rows, k), 1), stacked("int8_row", (experts, n, k))
+    p = Problem(rows, n, k, x.format, w.format, "bfloat16", device=HOPPER)
+    held = {"x": x.codes, "w": w.codes, "out": aligned_zeros((rows, n), DTYPES["bfloat16"])}
+    if odd in held:
+        given = held[odd]
+        apart = aligned_zeros((given.size + 1,), given.dtype)[1:].reshape(given.shape)
+        apart[...] = given
+        held[odd] = apart
+    machine = Machine(launch.parse(HOPPER), emulator)
+    machine.spec, machine.format = experts_of.spec_of(p, experts), "int8_row"
+    with launch.pretending(machine):
+        run = experts_of.bind(p, machine.spec, experts)(replace(w, codes=held["w"]))
+        left = replace(x, codes=held["x"])
+        assert run(left, np.array([2, 6]), 0, Epilogue(), held["out"]) == (odd == "none")
+    assert len(machine.launched) == (odd == "none")
+
+
 def stacked(fmt: str, shape: tuple[int, int, int]) -> Any:
     """A stack of weights."""
     values = np.random.default_rng(2).standard_normal(shape, np.float32)

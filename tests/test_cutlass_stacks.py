@@ -17,12 +17,14 @@ from host import Watching
 from launched import Launched, OfAmpere, OfBlocks, OfDense, OfMixed
 
 import lowbit as lb
+from lowbit import binding as bound
 from lowbit import device as places
 from lowbit import kernels
 from lowbit.formats.reference import Packed, take
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import blockwise, mma, package, upcast, w8a8
+from lowbit.kernels.cutlass import blockwise, launcher, mma, package, upcast, w8a8
+from lowbit.kernels.cutlass.tiles import Tile
 
 Array = Any
 HOPPER, ADA = "cuda:90:132", "cuda:89:128"
@@ -231,6 +233,61 @@ def test_memory_that_is_not_aligned_is_computed_matrix_by_matrix(odd: str) -> No
 
 
 @needs_headers
+@pytest.mark.parametrize("odd", ["x", "w", "residual", "out"])
+def test_matrices_that_begin_anywhere_are_not_read_by_tma(odd: str) -> None:
+    p, x, w = operands("int8", "int8_row", "int8_row")
+    p = replace(p, residual="bfloat16")
+    held = {
+        "x": x.codes, "w": w.codes, "residual": aligned((B, M, N), DTYPES["bfloat16"]),
+        "out": aligned((B, M, N), DTYPES["bfloat16"]),
+    }  # fmt: skip
+    # Only rows of the first one begin at multiples of 16 bytes.
+    _, rows, columns = held[odd].shape
+    apart = aligned((B, rows * columns + 4), held[odd].dtype)[:, : rows * columns]
+    held[odd] = apart.reshape(held[odd].shape)
+    machine = Watching(launch.parse(HOPPER))
+    with launch.pretending(machine):
+        run = kernels.choose(p, "matmul.cutlass.int8").kernel.build(p)
+        left, right = replace(x, codes=held["x"]), replace(w, codes=held["w"])
+        run(right)(left, Epilogue(residual=held["residual"]), held["out"])
+    assert [source.headers for source, *_ in machine.launched] == [None] * B
+
+
+def test_another_kernel_gets_everything_of_a_matrix() -> None:
+    p, x, w = operands("int8", "int8_row", "int8_row")
+    residual, out = np.zeros((2, B, M, N), np.float32)
+    after = Epilogue(0.5, np.ones(N, np.float32), "relu", residual)
+    asked, seen = [], []
+
+    def build(q: Problem) -> Any:
+        asked.append(q)
+        return lambda one: lambda *given: seen.append((one, *given))
+
+    launcher.matrix_by_matrix(build, p)(w)(x, after, out)
+    assert asked == [replace(p, batches=1)]
+    assert len(seen) == B
+    for i, (right, left, step, target) in enumerate(seen):
+        for got, stack, rows in ((right, w, N), (left, x, M)):
+            wanted = take(stack, i, slice(0, rows))
+            np.testing.assert_array_equal(got.codes, wanted.codes)
+            np.testing.assert_array_equal(got.scales, wanted.scales)
+        assert (step.alpha, step.bias, step.activation) == (0.5, after.bias, "relu")
+        assert step.residual.ctypes.data == residual[i].ctypes.data
+        assert target.ctypes.data == out[i].ctypes.data
+
+
+@needs_headers
+def test_tiles_of_all_matrices_are_counted() -> None:
+    row = lb.format("int8_row")
+    p = Problem(64, 256, 512, row, row, "bfloat16", device=HOPPER)
+    tile = Tile((64, 128, 128), (1, 1), "Pingpong", False, 1.0)
+    for batches, waves in ((1, 1), (66, 1), (67, 2), (660, 10)):
+        stack = replace(p, batches=batches)
+        assert tile.blocks(stack) == 2 * batches
+        assert tile.waves(stack) == waves
+
+
+@needs_headers
 def test_stacks_have_enough_tiles_not_to_share_them() -> None:
     row = lb.format("int8_row")
     p = Problem(16, 256, 16384, row, row, "bfloat16", device=HOPPER)
@@ -269,6 +326,33 @@ def test_a_grid_has_room_for_so_many_matrices() -> None:
     (kernel,) = (k for k in mma.KERNELS if k.name.endswith("mma_int8"))
     assert kernel.accepts(replace(p, batches=65535)) is None
     assert "room for 65535 matrices" in str(kernel.accepts(p))
+
+
+@needs_headers
+def test_scales_of_all_matrices_are_counted() -> None:
+    x, w = lb.format("fp8_g128"), lb.format("fp8_128x128")
+    p = Problem(1 << 14, 256, 1 << 14, x, w, "bfloat16", device=HOPPER, batches=1 << 10)
+    (kernel,) = blockwise.KERNELS
+    assert kernel.accepts(replace(p, batches=1023)) is None
+    assert "scales up to" in str(kernel.accepts(p))
+
+
+def test_a_weight_that_is_gathered_stays_while_it_is_read() -> None:
+    w, read = stacked("int8_row", N), []
+
+    def bind(parts: Any) -> Any:
+        held = weakref.ref(parts.codes)  # as a launch knows no more than an address
+
+        def run(x: Any, after: Epilogue, out: Array) -> None:
+            gc.collect()
+            read.append(held() is not None)
+
+        return run
+
+    row = lb.format("int8_row")
+    p = Problem(M, N, K, row, row, device=HOPPER, batches=B)
+    bound._bound(bind, replace(w, codes=w.codes[::-1]), p)(None, Epilogue(), np.zeros(0))
+    assert read == [True]
 
 
 class Computing(Keeping):

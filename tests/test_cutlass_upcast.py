@@ -166,6 +166,14 @@ def selected(low: int, high: int, selector: int) -> int:
     return sum((held >> 8 * ((selector >> 4 * i) & 7) & 255) << 8 * i for i in range(4))
 
 
+def test_float8_without_its_dtype() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    wanted, found = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32), weights._float8s(codes)
+    np.testing.assert_array_equal(found, wanted)
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(np.signbit(found[finite]), np.signbit(wanted[finite]))
+
+
 def test_tables_give_codes_times_scales() -> None:
     """What CUTLASS's kernel does with a table and recoded codes, in Python."""
     scales = np.arange(256, dtype=np.uint8).reshape(-1, 2)
@@ -240,6 +248,8 @@ REFUSALS: list[tuple[str, str, dict[str, Any]]] = [
     ("upcast_float8", "no zero points", {"w": "int4_row_asym"}),
     ("upcast_float8", "int4 with float8_e4m3fn scales", {"w": "int4_g128"}),
     ("upcast_float8", "multiples of 128 columns", {"w": "int4_g64_e4m3"}),
+    ("upcast_float8_scaled", "weights of int4", {"w": "uint4_row"}),
+    ("upcast_float8_scaled", "scales codes in groups", {"w": "int4_row"}),
 ]
 
 
@@ -316,10 +326,24 @@ def test_float16_leaves_scales_that_are_not_usual_to_another_kernel(odd: float) 
 
 @needs_headers
 def test_float8_is_never_chosen_unless_asked_for() -> None:
-    for w in WEIGHTS["upcast_float8"]:
-        p = problem("upcast_float8", w=w)
-        assert kernels.choose(p).kernel.name != "matmul.cutlass.upcast_float8"
-        assert kernels.choose(p, "matmul.cutlass.upcast_float8").refusal is None
+    for family in ("upcast_float8", "upcast_float8_scaled"):
+        for w in WEIGHTS[family]:
+            p = problem(family, w=w)
+            found = kernels.choose(p, f"matmul.cutlass.{family}")
+            assert found.refusal is None
+            assert found.kernel.by_name
+            assert not kernels.choose(p).kernel.by_name
+
+
+@needs_headers
+@pytest.mark.parametrize("family", ["upcast_float8", "upcast_float8_scaled"])
+def test_what_becomes_zero_is_within_what_is_said(family: str) -> None:
+    narrow = ml_dtypes.float8_e4m3fn
+    # The largest scale whose eighth is lost, by a code of 1 and the largest x.
+    scales = np.arange(1, 64, dtype=np.uint8).view(narrow).astype(np.float32)
+    lost = scales[(scales / np.float32(8)).astype(narrow) == 0].max() * np.float32(448)
+    kernel = {each.name: each for each in upcast.KERNELS}[f"matmul.cutlass.{family}"]
+    assert kernel.roundings(problem(family, w="int4_g128_e4m3")).flushed >= lost > 3
 
 
 @needs_headers

@@ -16,7 +16,7 @@ from lowbit.kernels.cpu.isa import RECORDS
 from lowbit.kernels.declare import format_bytes
 from lowbit.testing import assert_within_bound, random_qarray
 
-INT4 = lb.format("int4_g128")
+INT4, INT8 = lb.format("int4_g128"), lb.format("int8_row")
 DEVICES = [f"cpu:{isa.name}" for isa in RECORDS] + ["cuda:80:108", "cuda:90:132"]
 
 
@@ -152,6 +152,12 @@ def test_an_unknown_kernel_is_answered_with_the_known_ones():
             {"m": 5, "n": 2, "k": 64, "x": lb.format("int8_row"), "w": lb.format("int8_row")},
             2 * 64 + 2 * 4 + 5 * 64 + 5 * 4 + 5 * 2 * 4,
             1280,
+        ),
+        # three matrices of a stack: of both operands and of the result
+        (
+            {"m": 5, "n": 2, "k": 64, "x": INT8, "w": INT8, "batches": 3},
+            3 * (2 * 64 + 2 * 4 + 5 * 64 + 5 * 4 + 5 * 2 * 4),
+            3 * 1280,
         ),
         ({"m": 0, "n": 0, "k": 0}, 0, 0),
     ],
@@ -328,6 +334,39 @@ def test_seconds_are_those_of_all_matrices():
             for x, y in ((made, w), (lb.stack([made] * 5), lb.stack([w] * 5)))
         )
         assert five == {name: 5 * seconds for name, seconds in one.items()}
+
+
+@pytest.mark.parametrize("stacks", [False, True])
+def test_kernels_are_asked_for_a_matrix_unless_they_take_stacks(stacks, monkeypatch):
+    asked: dict[str, set[int]] = {}
+
+    def answer(name, given):
+        def say(p, *_):
+            asked.setdefault(name, set()).add(p.batches)
+            return given
+
+        return say
+
+    kernel = kernels.Kernel(
+        "asked",
+        "cpu",
+        accepts=answer("accepts", None),
+        cost=answer("cost", 1e-6),
+        build=answer("build", None),
+        roundings=answer("roundings", kernels.Roundings("float32", 1)),
+        layouts=("rows",),
+        describe=answer("describe", "a way"),
+        stacks=stacks,
+        fused=answer("fused", None),
+    )
+    monkeypatch.setattr(kernels, "registered", lambda: (kernel,))
+    # What is built is remembered: no other test states this.
+    stated = problem(m=7919, batches=7 + stacks, x=INT8)
+    assert "a way" in str(lb.Explanation(stated, judge(stated), "asked"))
+    kernels.prepared(stated, "asked")
+    binding.fused(stated, "asked", "float32")
+    for name in ("accepts", "cost", "build", "roundings", "describe", "fused"):
+        assert asked[name] == {8 if stacks else 1}, name
 
 
 def test_a_stack_of_no_matrices_is_explained_by_one():
