@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 
 from lowbit import checks, products, tracing
 from lowbit.array import QArray, contents
@@ -32,7 +33,7 @@ def _weight(key: int, transposed: bool, vector: bool) -> QArray:
     )
 
 
-@torch.library.custom_op("lowbit::matmul", mutates_args=())
+@library.custom_op("lowbit::matmul", mutates_args=())
 def _matmul(
     x: torch.Tensor,
     key: int,

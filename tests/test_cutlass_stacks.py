@@ -202,55 +202,61 @@ def test_what_is_made_of_a_weight_stays(family: str, x_fmt: str, w_fmt: str) -> 
     assert all(each() is not None for each in made)
 
 
-@needs_headers
-@pytest.mark.parametrize("odd", ["x", "w", "residual", "out"])
-def test_memory_that_is_not_aligned_is_computed_matrix_by_matrix(odd: str) -> None:
+def launched_with(odd: str, given: Callable[[Array], Array]) -> tuple[Watching, dict[str, Array]]:
+    """What an int8 stack launches where one of its operands lies as `given` lays it."""
     p, x, w = operands("int8", "int8_row", "int8_row")
     p = replace(p, residual="bfloat16")
     held = {
         "x": x.codes, "w": w.codes, "residual": aligned((B, M, N), DTYPES["bfloat16"]),
         "out": aligned((B, M, N), DTYPES["bfloat16"]),
     }  # fmt: skip
-    if odd == "residual":
-        held[odd] = np.broadcast_to(held[odd][:1], (B, M, N))
-    else:
-        *lead, columns = held[odd].shape
-        held[odd] = aligned((*lead, columns + 1), held[odd].dtype)[..., 1:]
+    held[odd] = given(held[odd])
     machine = Watching(launch.parse(HOPPER))
     with launch.pretending(machine):
         run = kernels.choose(p, "matmul.cutlass.int8").kernel.build(p)
         left, right = replace(x, codes=held["x"]), replace(w, codes=held["w"])
         run(right)(left, Epilogue(residual=held["residual"]), held["out"])
+    return machine, held
+
+
+def off_by_one(array: Array) -> Array:
+    """Rows that begin at no multiple of 16 bytes."""
+    *lead, columns = array.shape
+    return aligned((*lead, columns + 1), array.dtype)[..., 1:]
+
+
+def matrices_anywhere(array: Array) -> Array:
+    """Only rows of the first matrix begin at multiples of 16 bytes."""
+    stack, rows, columns = array.shape
+    apart = aligned((stack, rows * columns + 4), array.dtype)[:, : rows * columns]
+    return apart.reshape(array.shape)
+
+
+def repeated(array: Array) -> Array:
+    """One matrix for all."""
+    return np.broadcast_to(array[:1], array.shape)
+
+
+@needs_headers
+@pytest.mark.parametrize(
+    ("odd", "given"),
+    [
+        ("residual", repeated),
+        *((odd, off_by_one) for odd in ("x", "w", "out")),
+        *((odd, matrices_anywhere) for odd in ("x", "w", "residual", "out")),
+    ],
+)
+def test_memory_that_is_not_aligned_is_computed_matrix_by_matrix(
+    odd: str, given: Callable[[Array], Array]
+) -> None:
+    machine, held = launched_with(odd, given)
     # Every matrix at its place: the arguments are arrays.
     assert [source.headers for source, *_ in machine.launched] == [None] * B
-    for name in held:
-        starts = {i: held[name][i].ctypes.data for i in range(B)}
-        found = [
-            {a.ctypes.data for a in args if isinstance(a, np.ndarray)}
-            for *_, args in machine.launched
-        ]
-        assert all(starts[i] in found[i] for i in range(B)), name
-
-
-@needs_headers
-@pytest.mark.parametrize("odd", ["x", "w", "residual", "out"])
-def test_matrices_that_begin_anywhere_are_not_read_by_tma(odd: str) -> None:
-    p, x, w = operands("int8", "int8_row", "int8_row")
-    p = replace(p, residual="bfloat16")
-    held = {
-        "x": x.codes, "w": w.codes, "residual": aligned((B, M, N), DTYPES["bfloat16"]),
-        "out": aligned((B, M, N), DTYPES["bfloat16"]),
-    }  # fmt: skip
-    # Only rows of the first one begin at multiples of 16 bytes.
-    _, rows, columns = held[odd].shape
-    apart = aligned((B, rows * columns + 4), held[odd].dtype)[:, : rows * columns]
-    held[odd] = apart.reshape(held[odd].shape)
-    machine = Watching(launch.parse(HOPPER))
-    with launch.pretending(machine):
-        run = kernels.choose(p, "matmul.cutlass.int8").kernel.build(p)
-        left, right = replace(x, codes=held["x"]), replace(w, codes=held["w"])
-        run(right)(left, Epilogue(residual=held["residual"]), held["out"])
-    assert [source.headers for source, *_ in machine.launched] == [None] * B
+    found = [
+        {a.ctypes.data for a in args if isinstance(a, np.ndarray)} for *_, args in machine.launched
+    ]
+    for name, array in held.items():
+        assert all(array[i].ctypes.data in found[i] for i in range(B)), name
 
 
 def test_another_kernel_gets_everything_of_a_matrix() -> None:

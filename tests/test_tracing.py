@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 import lowbit as lb
 
@@ -93,7 +94,7 @@ def test_the_registered_operation_passes_torchs_own_checks():
     w = W.T
     compiled(lambda x: x @ w)(X)  # registers it
     arguments = (X, w._content.key, True, False, False, BIAS, None, 1.0, "relu", None, None, False)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.lowbit.matmul.default,
         (*arguments, None),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
