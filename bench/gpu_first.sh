@@ -45,7 +45,7 @@ absent='import sys; sys.path.insert(0, "bench"); from harness import gpu_device 
 "$python" -P -c "$absent" || exit 1
 
 # Only these have a test for a device; others may want packages that are not here.
-mapfile -t tests < <(grep -lE 'mark\.gpu|launcher' tests/test_*.py)
+mapfile -t tests < <(grep -lE 'mark\.gpu|launcher\.launch' tests/test_*.py)
 sanitize=(compute-sanitizer --error-exitcode 1 --launch-timeout 0)
 
 step machine 30 nvidia-smi -q

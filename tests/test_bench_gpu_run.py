@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -347,3 +348,21 @@ def test_a_run_goes_on_in_a_new_process_when_the_device_is_lost(
     assert rows["weights"]["times"]
     assert rows["dispatch"]["times"]
     assert record["groups_done"] == 3
+
+
+def test_a_first_run_collects_what_a_device_has_to_show() -> None:
+    """Without the project's own settings, and with no more folders than the script names."""
+    root = Path(__file__).parents[1]
+    script = (root / "bench" / "gpu_first.sh").read_text()
+    (found,) = (line for line in script.splitlines() if line.startswith("mapfile"))
+    folders = "src:tests/emulator"
+    assert f'PYTHONPATH="{":".join(f"$PWD/{each}" for each in folders.split(":"))}' in script
+    command = (
+        f'{found}; PYTHONPATH={folders} "{sys.executable}" -P -m pytest -q -m gpu --collect-only '
+        '-c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider "${tests[@]}"'
+    )
+    run = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    collected = {line.partition("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    marked = ("cuda_primitives", "cuda_sm90", "cutlass_gpu", "gpu_arrays", "gpu_quantize")
+    assert collected == {f"tests/test_{name}.py" for name in marked}

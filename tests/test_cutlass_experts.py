@@ -11,6 +11,7 @@ import fake_cupy
 import host
 import numpy as np
 import pytest
+from absence import needs_headers
 from computed import DTYPES, finished, placed, quantized, sums
 from computed import aligned as aligned_zeros
 
@@ -21,7 +22,7 @@ from lowbit import grouped as grouped_module
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import dense, grouped, package
+from lowbit.kernels.cutlass import dense, grouped
 from lowbit.kernels.cutlass import experts as experts_of
 from lowbit.kernels.cutlass.grouped import Spec
 
@@ -110,7 +111,7 @@ class Launched:
             out[...] = result.astype(dtype)
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize("mean", [3, 20, 50, 150, 220])
 @pytest.mark.parametrize("fmt", ["int8_row", "fp8_row", "fp8_tensor"])
 def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: int) -> None:
@@ -141,7 +142,7 @@ def test_what_is_launched_computes_every_group(emulator: Any, fmt: str, mean: in
         np.testing.assert_array_equal(out[rows], wanted.astype(out.dtype))
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize("odd", ["x", "w", "out", "none"])
 def test_memory_that_tma_does_not_read_is_left_to_others(emulator: Any, odd: str) -> None:
     experts, rows, n, k = 2, 6, 72, 160
@@ -202,7 +203,7 @@ def hopper(cupy: Any, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[A
     return cupy, inner
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("x_format", [None, "int8_row"])
 def test_one_launch_serves_all_groups(
@@ -230,7 +231,7 @@ def test_one_launch_serves_all_groups(
         np.testing.assert_array_equal(each.get(), expected)
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_every_number_of_rows_is_bound_once(hopper: tuple[Any, Machine]) -> None:
     cupy, inner = hopper
     rng, experts, n, k = np.random.default_rng(5), 2, 72, 160
@@ -268,7 +269,7 @@ def test_other_groups_take_a_launch_each(
     np.testing.assert_array_equal(got.get(), wanted)
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: Any) -> None:
     experts, most, n, k = 3, 40, 72, 160
     counts = np.array([40, 0, 7], np.int32)
@@ -289,7 +290,7 @@ def test_rooms_of_as_many_rows_are_computed_as_far_as_they_are_full(emulator: An
         assert not out[rest].any()
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize("sliced", ["x", "x backwards", "w", "neither"])
 def test_what_has_gaps_takes_a_launch_each(
     hopper: tuple[Any, Machine], monkeypatch: pytest.MonkeyPatch, sliced: str
@@ -343,7 +344,7 @@ class Rooms:
         return lb.grouped_matmul(self.x, self.w, **options)
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize("counted", ["int32", "int64", "here"])
 @pytest.mark.parametrize("x_format", [None, "int8_row"])
 def test_one_launch_serves_all_rooms(
@@ -369,7 +370,7 @@ def test_one_launch_serves_all_rooms(
         np.testing.assert_array_equal(out.get(), np.where(beyond, 3, each.wanted()))
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize("x_format", [None, "int8_row"])
 def test_counts_that_nobody_saw_are_taken_within_the_room(
     hopper: tuple[Any, Machine], x_format: str | None
@@ -382,7 +383,7 @@ def test_counts_that_nobody_saw_are_taken_within_the_room(
     assert len(inner.launched) == 1
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_sorted_rows_and_rooms_of_as_many_are_bound_apart(hopper: tuple[Any, Machine]) -> None:
     cupy, inner = hopper
     each = Rooms(cupy, inner, None)
@@ -398,7 +399,7 @@ def test_sorted_rows_and_rooms_of_as_many_are_bound_apart(hopper: tuple[Any, Mac
     assert len(inner.launched) == 4
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @pytest.mark.parametrize(
     "how", ["a residual", "counts of int16", "scales of matrices", "no experts"]
 )
@@ -425,7 +426,7 @@ def test_other_rooms_take_a_launch_each(
     assert not got.get().any()
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_what_can_be_seen_to_be_wrong_is_said(hopper: tuple[Any, Machine]) -> None:
     """Shapes and devices; nothing is launched."""
     cupy, inner = hopper
@@ -445,7 +446,7 @@ def test_what_can_be_seen_to_be_wrong_is_said(hopper: tuple[Any, Machine]) -> No
     assert not inner.launched
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_rooms_of_torch_begin_as_zeros(
     hopper: tuple[Any, Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

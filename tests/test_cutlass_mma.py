@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absence import needs_headers
 from computed import DTYPES, aligned, finished, placed, quantized, sums
 from host import Watching
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ AMPERE, ADA = "cuda:80:108", "cuda:89:128"
 FORMATS = {"mma_int8": ("int8", "int8"), "mma_int4": ("int8", "int4"), "mma_float8": ("fp8", "fp8")}
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:

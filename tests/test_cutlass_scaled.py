@@ -11,6 +11,7 @@ from typing import Any
 import host
 import numpy as np
 import pytest
+from absence import needs_headers
 from computed import DTYPES, aligned, interleaved, placed, quantized
 from host import Watching
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from lowbit import kernels
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import compile, interleave, launch
-from lowbit.kernels.cutlass import blackwell, package, scaled
+from lowbit.kernels.cutlass import blackwell, scaled
 from lowbit.kernels.cutlass.blackwell import KINDS, Spec
 
 Array = Any
@@ -109,7 +110,7 @@ class Launched:
         out[...] = result.astype(out.dtype)
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:
@@ -203,7 +204,7 @@ def test_libraries_use_all_of_a_gpu() -> None:
     assert compile.architecture_of(replace(scaled.source(spec), headers=None), 120) == "sm_120"
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 def test_what_is_made_of_a_weight_stays() -> None:
     p, w = problem(), quantized("nvfp4", (512, 512), 1)
     machine, made = Keeping(p.device), []

@@ -11,11 +11,12 @@ import sys
 import cubins
 import pytest
 import sass
+from absence import absent, needs_headers
 
 from lowbit.kernels.cuda import archive, compile, elf
 from lowbit.kernels.cuda.compile import Cubin
 from lowbit.kernels.cuda.launch import Source
-from lowbit.kernels.cutlass import dense, package
+from lowbit.kernels.cutlass import dense
 from lowbit.kernels.cutlass.package import Shipped
 
 FAMILIES = cubins.families()
@@ -29,7 +30,7 @@ CASES = [
 def disassembler() -> None:
     reason = sass.missing()
     if reason is not None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        absent(reason)
 
 
 def instructions(arch: str, text: str) -> list[str]:
@@ -85,12 +86,12 @@ def test_texts_are_the_same_in_every_process() -> None:
     assert done.stdout.strip() == str(sorted(ALONE)), done.stderr
 
 
-@pytest.mark.skipif(package.headers() is None, reason="wants the package nvidia-cutlass")
+@needs_headers
 @pytest.mark.timeout(900)  # a minute where nothing else runs
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_kernel_compiles_to_what_the_package_brings(disassembler: None, family: str) -> None:
     if compile.missing() is not None:
-        pytest.skip(str(compile.missing()))
+        absent(str(compile.missing()))
     # The smallest takes the least time.
     size = {
         each: (archive.FOLDER / f"{archive.file_of(*each)}.xz").stat().st_size for each in ALONE

@@ -12,6 +12,7 @@ from typing import Any
 import fake_cupy
 import numpy as np
 import pytest
+from absence import needs_headers
 from computed import DTYPES, aligned, placed
 from host import Watching
 from launched import Launched, OfAmpere, OfBlocks, OfDense, OfMixed
@@ -23,7 +24,7 @@ from lowbit import kernels
 from lowbit.formats.reference import Packed, take
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import blockwise, launcher, mma, package, upcast, w8a8
+from lowbit.kernels.cutlass import blockwise, launcher, mma, upcast, w8a8
 from lowbit.kernels.cutlass.tiles import Tile
 
 Array = Any
@@ -58,9 +59,6 @@ CASES = [
     ("mma_float8", "fp8_row", "fp8_tensor"),
 ]
 B, M, N, K = 3, 40, 136, 512
-needs_headers = pytest.mark.skipif(
-    package.headers() is None, reason="chooses among kernels that it may compile"
-)
 
 
 def stacked(fmt: str, rows: int, k: int = K) -> Packed:

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from absence import needs_headers
 from host import Watching
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from lowbit import kernels
 from lowbit.formats import reference
 from lowbit.kernels import Epilogue, Problem
 from lowbit.kernels.cuda import launch
-from lowbit.kernels.cutlass import package, tiles, upcast, weights
+from lowbit.kernels.cutlass import tiles, upcast, weights
 from lowbit.testing import magnitudes
 
 Array = Any
@@ -49,9 +50,6 @@ X = {
     "upcast_float8": ["fp8_row", "fp8_tensor"],
     "upcast_float8_scaled": ["fp8_row", "fp8_tensor"],
 }
-needs_headers = pytest.mark.skipif(
-    package.headers() is None, reason="chooses among kernels that it may compile"
-)
 
 
 def placed(array: Array) -> Array:

